@@ -1,0 +1,1 @@
+"""Decisions: pure, synchronous, total. No clock, no chance, no input or output."""

@@ -1,0 +1,98 @@
+"""
+Two questions decide every error's name: may we try again, and who must know?
+
+* CapibaraError
+  x Transient             the message comes again after a delay; the client waits
+    - EngineBusy          the engine asked us to slow down
+    - EngineUnreachable   no connection, or none in time
+    - EngineBroke         the stream ended without a finish reason, or stalled
+    - LeaseLost           somebody else writes this answer now
+    - BrokerUnavailable   the broker did not acknowledge in time
+  x Terminal              the turn ends with a ``Failed`` that the client sees
+    - BadRequest          the engine or a stage refuses this request for what it is
+    - UnknownExpert       nobody of that name serves here
+    - TurnExpired         its deadline has passed
+    - TurnUnknown         no such turn, or its output has aged out
+    - QueueFull           the queue takes no more now
+"""
+
+from typing import ClassVar
+
+
+class CapibaraError(Exception):
+    """Base of everything that we raise on purpose; *status* is its HTTP face."""
+
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    @property
+    def title(self) -> str:
+        """The name of the problem in words: ``EngineBusy`` is "engine busy"."""
+        name = type(self).__name__
+        return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
+
+
+class Transient(CapibaraError):
+    """Trying again later may help."""
+
+    status = 503
+    retryable = True
+
+
+class EngineBusy(Transient):
+    """The engine asked us to slow down."""
+
+
+class EngineUnreachable(Transient):
+    """No connection to the engine, or none in time."""
+
+    status = 502
+
+
+class EngineBroke(Transient):
+    """The engine's stream ended without a finish reason, reported an error, or stalled."""
+
+    status = 502
+
+
+class LeaseLost(Transient):
+    """Somebody else writes this answer now: what we were about to say was refused."""
+
+
+class BrokerUnavailable(Transient):
+    """The broker did not acknowledge in time."""
+
+
+class Terminal(CapibaraError):
+    """Trying again cannot help."""
+
+
+class BadRequest(Terminal):
+    """The engine or a stage refuses this request for what it is."""
+
+    status = 400
+
+
+class UnknownExpert(Terminal):
+    """Nobody of that name serves here."""
+
+    status = 404
+
+
+class TurnExpired(Terminal):
+    """The turn's deadline has passed."""
+
+    status = 504
+
+
+class TurnUnknown(Terminal):
+    """No such turn, or its output has aged out."""
+
+    status = 404
+
+
+class QueueFull(Terminal):
+    """The queue takes no more now; the client may come again after a while."""
+
+    status = 503
+    retryable = True

@@ -1,0 +1,162 @@
+"""The sockets that engines and the broker plug into."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from topics.chat import ChatRequest, RouteTurn
+from topics.output import Output
+
+# --- engines -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Some text of an answer (or of the reasoning before it)."""
+
+    text: str = ""
+    reasoning: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFragment:
+    """A piece of a tool call; the arguments of one *index* add up."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Tokens that the engine counted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The engine says that the answer is complete, and why: ``stop``, ``length``, ``tool_calls``..."""
+
+    reason: str
+
+
+Piece = Text | ToolFragment | Tally | Finish
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What an engine can do beyond plain chat."""
+
+    tools: bool = False
+    images: bool = False
+    prefill: bool = False
+    json_schema: bool = False
+
+
+class ChatEngine(Protocol):
+    """One served expert.
+
+    ``stream`` yields pieces; a stream that ends without ``Finish`` is an error that the engine itself raises
+    (``EngineBroke``). Other errors: ``EngineUnreachable``, ``EngineBusy``, ``BadRequest``. Closing the iterator
+    stops the engine's work at once.
+    """
+
+    @property
+    def abilities(self) -> Abilities: ...
+
+    def stream(self, request: ChatRequest) -> AsyncIterator[Piece]: ...
+
+    async def health(self) -> None:
+        """Return when the engine can answer; raise ``EngineUnreachable`` or ``EngineBusy`` otherwise."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+# --- the durable output of a turn ----------------------------------------------------------------------------
+
+
+class Answer(Protocol):
+    """A branch of a turn that this process alone may write to, until somebody else takes it over."""
+
+    @property
+    def said(self) -> Sequence[Output]:
+        """What an owner before us wrote, in order."""
+        ...
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody asked the turn to stop."""
+        ...
+
+    async def write(self, output: Output) -> None:
+        """Queue *output*; raises ``LeaseLost`` as soon as anybody else owns the branch."""
+        ...
+
+    async def finish(self, *outputs: Output) -> None:
+        """Write the last *outputs*, of which the very last is final, and wait until all is stored."""
+        ...
+
+    async def until_cancelled(self) -> None:
+        """Return when somebody asks the turn to stop."""
+        ...
+
+
+class Answers(Protocol):
+    """Where answers are written."""
+
+    def open(self, turn: str, branch: str) -> AbstractAsyncContextManager[Answer]:
+        """Take the branch over; raises ``LeaseLost`` when a race for it is lost."""
+        ...
+
+
+# --- the door's view of turns --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Output events of one stored message, as lines; *sequence* is the id to resume after."""
+
+    sequence: int
+    lines: tuple[bytes, ...]
+    final: bool
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who asks: a *principal* that acts for a *tenant*."""
+
+    principal: str
+    tenant: str
+
+
+class Turns(Protocol):
+    """Opening, following and stopping turns."""
+
+    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> AsyncIterator[Sequence[Batch]]:
+        """Publish *command*, then follow its output; raises ``QueueFull`` or ``BrokerUnavailable`` if nothing was accepted."""
+        ...
+
+    def follow(self, turn: str, after: int = 0) -> AsyncIterator[Sequence[Batch]]:
+        """The output after sequence *after*, each batch once and in order, to its final one; waits for more."""
+        ...
+
+    async def exists(self, turn: str) -> bool:
+        """Whether anything is known of *turn*."""
+        ...
+
+    async def cancel(self, turn: str, reason: str) -> None:
+        """Stop *turn* wherever it is."""
+        ...
+
+    async def ready(self) -> dict[str, str]:
+        """What is not ready yet, by name, and why; empty when a turn can be served."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """Counters for ``/stats``."""
+        ...

@@ -1,0 +1,133 @@
+"""All settings, one frozen tree: ``CAPIBARA_<GROUP>__<FIELD>`` in the environment, experts in one TOML file."""
+
+import json
+import tomllib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from capibara_flow.domain.fleet import Fleet
+
+ROLES = ("provisioner", "edge", "router", "caller", "undertaker", "observer")
+
+
+class Group(BaseModel):
+    """A frozen group of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NatsSettings(Group):
+    """How to reach the broker; *passwords* by role, as in ``nats.conf``. A URL with a user in it wins."""
+
+    url: str = "nats://127.0.0.1:4222"
+    passwords: dict[str, SecretStr] = {}
+    replicas: int = Field(default=1, ge=1, le=5)
+
+
+class EdgeSettings(Group):
+    """The door."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=5001, ge=0, le=65535)
+    origins: tuple[str, ...] = ("http://localhost:8000",)
+    max_body_bytes: int = 2 * 1024 * 1024
+    max_messages: int = 1000
+    heartbeat_seconds: float = 15
+    max_buffer_bytes: int = 1024 * 1024
+    turn_seconds: float = Field(default=600, gt=0)
+
+
+class Key(Group):
+    """A static API key and whom it stands for."""
+
+    key: SecretStr
+    principal: str
+    tenant: str
+
+
+class AuthSettings(Group):
+    """Who may ask: anybody by address while *anonymous* is true, and whoever holds one of the *keys*."""
+
+    anonymous: bool = True
+    keys: tuple[Key, ...] = ()
+
+
+class LogSettings(Group):
+    """The log of turns, and the processes' own log lines."""
+
+    enabled: bool = True
+    turn_age_seconds: int = Field(default=3600, ge=10)
+    dead_age_seconds: int = Field(default=24 * 3600, ge=10)
+    level: str = "info"
+    format: str = "json"
+
+
+class FleetSettings(Group):
+    """Where the experts are listed."""
+
+    file: Path | None = None
+
+
+class WorkerSettings(Group):
+    """How workers take work: *ack_wait_seconds* without a heartbeat and the message goes to somebody else."""
+
+    ack_wait_seconds: float = Field(default=10, gt=0)
+    max_deliver: int = Field(default=4, ge=1)
+    retry_seconds: float = Field(default=2, ge=0)
+    graceful_seconds: float = 30
+    router_permits: int = Field(default=32, ge=1)
+    metrics_port: int | None = None
+
+
+class Settings(BaseSettings):
+    """The whole tree."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="CAPIBARA_", env_nested_delimiter="__", frozen=True, extra="ignore", nested_model_default_partial_update=True
+    )
+
+    nats: NatsSettings = NatsSettings()
+    edge: EdgeSettings = EdgeSettings()
+    auth: AuthSettings = AuthSettings()
+    log: LogSettings = LogSettings()
+    fleet: FleetSettings = FleetSettings()
+    worker: WorkerSettings = WorkerSettings()
+
+    @cached_property
+    def experts(self) -> Fleet:
+        """The fleet of the configured file; raises ``SettingsError`` naming file, key and reason."""
+        if self.fleet.file is None:
+            raise SettingsError("no fleet: set CAPIBARA_FLEET__FILE to a TOML file, or use `capibara up --engine URL`")
+        return read_fleet(self.fleet.file)
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used: the message names where, which and why."""
+
+
+def read_fleet(path: Path) -> Fleet:
+    """Read a fleet TOML file; raises ``SettingsError`` naming file, key and reason."""
+    try:
+        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not TOML: {error}") from error
+    try:
+        return Fleet.model_validate_json(json.dumps(raw, default=str))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'fleet'}: {each['msg']}" for each in error.errors())
+        raise SettingsError(f"{path}: {problems}") from error
+
+
+def load() -> Settings:
+    """Settings of this process; raises ``SettingsError`` naming the variable and the reason."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = "; ".join(f"CAPIBARA_{'__'.join(map(str, each['loc'])).upper()}: {each['msg']}" for each in error.errors())
+        raise SettingsError(problems) from error

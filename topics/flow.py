@@ -1,0 +1,50 @@
+"""Who consumes what and may emit what. The README's diagram, AsyncAPI and the broker's permissions are held against this table."""
+
+from dataclasses import dataclass
+
+from topics.chat import CallExpert, CancelTurn, ExpertCalled, RouteTurn, TurnFailed, TurnRouted
+from topics.message import Command, Message
+from topics.output import Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage
+
+EDGE = "edge"
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One worker on the map: the command it takes, what it may emit, what it may show to the client."""
+
+    worker: str
+    consumes: type[Command]
+    emits: tuple[type[Message], ...]
+    shows: tuple[type[Output], ...]
+
+    @property
+    def speaks(self) -> tuple[type[Message], ...]:
+        """Everything it may publish."""
+        return (*self.emits, *self.shows)
+
+
+FLOW = (
+    Hop("router", RouteTurn, (CallExpert, TurnRouted, TurnFailed), (Routed, Done, Failed)),
+    Hop("caller", CallExpert, (ExpertCalled, TurnFailed), (Token, ToolCalled, Reset, Usage, Done, Failed)),
+)
+
+#: What the door itself publishes; it listens to nothing but output.
+DOOR: tuple[type[Message], ...] = (RouteTurn, CancelTurn)
+
+
+def hop(worker: str) -> Hop:
+    """The hop of *worker*; raises ``KeyError``."""
+    return {each.worker: each for each in FLOW}[worker]
+
+
+def mermaid(flow: tuple[Hop, ...] = FLOW) -> str:
+    """The flow as a Mermaid diagram: commands are arrows between workers, output and facts are grouped by worker."""
+    consumer = {each.consumes: each.worker for each in flow}
+    arrows = [f"    {EDGE} -- {message.__name__} --> {consumer[message]}" for message in DOOR if message in consumer]
+    for each in flow:
+        arrows += [f"    {each.worker} -- {m.__name__} --> {consumer[m]}" for m in each.emits if m in consumer]
+        arrows.append(f"    {each.worker} -. {', '.join(m.__name__ for m in each.shows)} .-> {EDGE}")
+        facts = [m.__name__ for m in each.emits if m not in consumer]
+        arrows.append(f"    {each.worker} -. {', '.join(facts)} .-> log[(log)]")
+    return "\n".join(["flowchart LR", *arrows])

@@ -1,0 +1,122 @@
+"""What a client may see of a turn, in order. On the wire: one JSON object a line, its ``event`` first."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, TypeAdapter
+
+from topics.chat import Decision
+from topics.message import Event
+from topics.plan import Plan
+
+
+class Output(Event):
+    """Base of the output events; ``event`` names it on the stream of the client."""
+
+    pattern: ClassVar[str] = "cf.out.{turn}.data.{branch}"
+    final: ClassVar[bool] = False
+    event: str
+
+    @property
+    def branch(self) -> str:
+        """Output that is said outside a fenced answer belongs to the turn's main branch."""
+        return "main"
+
+    def line(self) -> bytes:
+        """This event as one line of JSON."""
+        return self.model_dump_json(exclude_none=True).encode()
+
+
+class Routed(Output):
+    """Which expert answers, and what will be done for it."""
+
+    event: Literal["routed"] = "routed"
+    model_id: str
+    route_name: str
+    complexity: str
+    confidence: float
+    reasoning: str
+    plan: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, turn: str, decision: Decision, plan: Plan) -> "Routed":
+        """The public face of a router's decision."""
+        return cls(turn=turn, plan=tuple(step.stage for step in plan.steps), **decision.model_dump())
+
+
+class Token(Output):
+    """Some text of the answer, or of the reasoning before it; several may be joined into one."""
+
+    event: Literal["token"] = "token"
+    text: str = ""
+    reasoning: str | None = None
+
+
+class ToolCalled(Output):
+    """A fragment of a tool call, as the expert streams it: arguments of one ``index`` add up."""
+
+    event: Literal["tool"] = "tool"
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+class Reset(Output):
+    """Throw the text so far away: the answer starts anew."""
+
+    event: Literal["reset"] = "reset"
+    reason: str
+
+
+class Usage(Output):
+    """What the answer took; ``burnt`` counts tokens that were made and not kept."""
+
+    event: Literal["usage"] = "usage"
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    burnt_tokens: int = 0
+    attempts: int = 1
+
+
+class Done(Output):
+    """The only end of a complete answer."""
+
+    final: ClassVar[bool] = True
+    event: Literal["done"] = "done"
+    finish_reason: str
+    model_id: str
+    timings: dict[str, float] = {}
+
+
+class Failed(Output):
+    """The only other end: problem details (RFC 9457)."""
+
+    final: ClassVar[bool] = True
+    event: Literal["error"] = "error"
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    retryable: bool = False
+
+
+AnyOutput = Annotated[
+    Routed | Token | ToolCalled | Reset | Usage | Done | Failed,
+    Field(discriminator="event"),
+]
+OUTPUTS: tuple[type[Output], ...] = (Routed, Token, ToolCalled, Reset, Usage, Done, Failed)
+_READER: TypeAdapter[Any] = TypeAdapter(AnyOutput)
+_MARK = b'"event":"'
+FINALS = frozenset(output.model_fields["event"].default for output in OUTPUTS if output.final)
+
+
+def event_of(line: bytes) -> str:
+    """The name of the event on *line*, without parsing it: the turn's id, which stands before it, has no quotes."""
+    start = line.index(_MARK) + len(_MARK)
+    return line[start : line.index(b'"', start)].decode()
+
+
+def parse(line: bytes) -> Output:
+    """Read one line; raises ``pydantic.ValidationError`` on anything that is not an output event."""
+    output: Output = _READER.validate_json(line)
+    return output

@@ -1,0 +1,88 @@
+"""The JetStream streams and consumers as data; ``capibara streams apply`` makes a broker agree with them."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+MINUTE, HOUR = 60, 3600
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One JetStream stream: what it keeps, for how long (seconds), and how much (messages)."""
+
+    name: str
+    subjects: tuple[str, ...]
+    keeps: Literal["work", "limits"]
+    max_age: int
+    max_messages: int
+    dedupe_window: int = 2 * MINUTE
+    max_per_subject: int = -1
+    direct: bool = False
+    republish: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """One durable pull consumer: *ack_wait* in seconds, *permits* messages at once over all its processes."""
+
+    stream: str
+    durable: str
+    filter: str
+    ack_wait: float = 10.0
+    max_deliver: int = 4
+    max_ack_pending: int = 2000
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All streams, by name; ages are what an operator may change."""
+
+    turn_age: int = HOUR
+    dead_age: int = 24 * HOUR
+    log: bool = True
+    streams: tuple[Stream, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "streams", tuple(self._all()))
+
+    def _all(self) -> list[Stream]:
+        asked = ("cf.work.*.>", "cf.log.{{wildcard(1)}}.asked.>") if self.log else None
+        streams = [
+            Stream("CF_WORK_ROUTER", ("cf.work.*.router",), "work", 15 * MINUTE, 20_000, 15 * MINUTE, republish=asked),
+            Stream("CF_WORK_CALL", ("cf.work.*.call.*.*",), "work", 15 * MINUTE, 20_000, 15 * MINUTE, republish=asked),
+            Stream(
+                "CF_OUT",
+                ("cf.out.*.lease.*", "cf.out.*.data.*"),
+                "limits",
+                self.turn_age,
+                -1,
+                max_per_subject=100_000,
+                direct=True,
+                republish=("cf.out.*.data.*", "cf.live.{{wildcard(1)}}.{{wildcard(2)}}"),
+            ),
+            Stream("CF_CTL", ("cf.ctl.*.cancel",), "limits", self.turn_age, -1, max_per_subject=1, direct=True),
+            Stream("CF_DEAD", ("cf.dead.*.*",), "limits", self.dead_age, 100_000, direct=True),
+        ]
+        if self.log:
+            streams.append(Stream("CF_LOG", ("cf.log.>",), "limits", self.turn_age, -1, direct=True))
+        return streams
+
+    def named(self, name: str) -> Stream:
+        """The stream called *name*; raises ``KeyError``."""
+        return {stream.name: stream for stream in self.streams}[name]
+
+
+def subject_token(name: str) -> str:
+    """*name* as it may stand in a subject or durable: whatever is not a letter, digit, ``-`` or ``_`` becomes ``_``."""
+    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_") else "_" for letter in name)[:64]
+
+
+def router_consumer() -> Consumer:
+    """The one consumer of all routers."""
+    return Consumer("CF_WORK_ROUTER", "router", "cf.work.*.router")
+
+
+def caller_consumer(expert: str) -> Consumer:
+    """The consumer of one expert's callers."""
+    token = subject_token(expert)
+    return Consumer("CF_WORK_CALL", f"caller-{token}", f"cf.work.*.call.{token}.*")

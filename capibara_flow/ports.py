@@ -1,6 +1,6 @@
 """The sockets that engines and the broker plug into."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -68,7 +68,7 @@ class ChatEngine(Protocol):
     @property
     def abilities(self) -> Abilities: ...
 
-    def stream(self, request: ChatRequest) -> AsyncIterator[Piece]: ...
+    def stream(self, request: ChatRequest) -> AsyncGenerator[Piece, None]: ...
 
     async def health(self) -> None:
         """Return when the engine can answer; raise ``EngineUnreachable`` or ``EngineBusy`` otherwise."""
@@ -101,8 +101,8 @@ class Answer(Protocol):
         """Write the last *outputs*, of which the very last is final, and wait until all is stored."""
         ...
 
-    async def until_cancelled(self) -> None:
-        """Return when somebody asks the turn to stop."""
+    def until_cancelled(self) -> AbstractAsyncContextManager[None]:
+        """Run a block; when somebody asks the turn to stop, the block is left at once and silently."""
         ...
 
 

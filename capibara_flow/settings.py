@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from capibara_flow.domain.fleet import Fleet
 
-ROLES = ("provisioner", "edge", "router", "caller", "undertaker", "observer")
+ROLES = ("provisioner", "edge", "router", "caller", "observer")
 
 
 class Group(BaseModel):

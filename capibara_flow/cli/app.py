@@ -1,0 +1,230 @@
+"""The commands: they read arguments, call what does the work, and turn expected errors into one clear line.
+
+What a command needs is imported inside it: ``--help`` is to be quick.
+"""
+
+# ruff: noqa: PLC0415  see above
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from capibara_flow import __version__
+from capibara_flow.cli.state import DEFAULT_STATE, adopt, running
+from capibara_flow.errors import CapibaraError
+
+if TYPE_CHECKING:
+    from capibara_flow.settings import Settings
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def expected(error: Exception) -> str | None:
+    """What to tell of an error that needs no traceback, or ``None`` for a bug."""
+    from nats.errors import Error as BrokerError
+
+    from capibara_flow.settings import SettingsError
+
+    if isinstance(error, CapibaraError | SettingsError):
+        return str(error)
+    if isinstance(error, ConnectionError):
+        return f"no connection ({error}): is it running? `capibara doctor` tells"
+    if isinstance(error, BrokerError):
+        return f"the broker refused ({error or type(error).__name__}): are the passwords right? `capibara doctor` tells"
+    return None
+
+
+def _reached() -> "Settings":
+    """The settings, once a broker answers where they say: a client that never gives up would wait for ever."""
+    from capibara_flow import settings
+    from capibara_flow.cli.doctor import broker
+    from capibara_flow.runtime.embedded import CannotStart
+
+    found = broker(loaded := settings.load())
+    if found.verdict != "ok":
+        raise CannotStart(f"no broker: {found.detail}: {found.remedy}")
+    return loaded
+
+
+class Group(TyperGroup):
+    """Commands whose expected errors end with a line on standard error and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  click's own signature
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            message = expected(error)
+            if message is None:
+                raise
+            Console(stderr=True).print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=Group,
+    help="Capibara Flow: one door in front of many open-weight models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+engine_app = typer.Typer(help="Engines that come with Capibara.", no_args_is_help=True)
+streams_app = typer.Typer(help="The streams on the broker.", no_args_is_help=True)
+app.add_typer(engine_app, name="engine")
+app.add_typer(streams_app, name="streams")
+
+State = Annotated[Path, typer.Option(help="The state folder of `capibara up`.", envvar="CAPIBARA_STATE")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"capibara {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Tell the version.")] = False) -> None:
+    pass
+
+
+@app.command()
+def up(  # noqa: PLR0917  typer passes options by name
+    engine: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="Base address of an OpenAI-compatible server; may be repeated.")
+    ] = None,
+    fleet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A fleet file (TOML); CAPIBARA_FLEET__FILE when no engine is named either.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(metavar="GGUF", help="Serve these weights here.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page and the API; 0 finds a free one.")] = 5001,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    local_model: Annotated[bool, typer.Option("--local-model/--no-local-model", help="Serve the small model that comes along.")] = True,
+    state: State = DEFAULT_STATE,
+    ready_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Written (JSON: url, pids, models) when all is ready.")] = None,
+    log_level: Annotated[str, typer.Option(help=f"One of {', '.join(LEVELS)}.")] = "info",
+) -> None:
+    """Start everything on this machine: broker, workers, edge, and a small local model unless you bring an engine.
+
+    Ctrl-C stops all of it in order. Logs are in the state folder.
+    """
+    if fleet and (engine or model):
+        raise typer.BadParameter("a fleet lists its engines itself: give either --fleet, or --engine and --model")
+    if log_level not in LEVELS:
+        raise typer.BadParameter(f"--log-level is one of {', '.join(LEVELS)}")
+    for url in engine or ():
+        if not url.startswith(("http://", "https://")):
+            raise typer.BadParameter(f"--engine {url}: not an http:// or https:// address, such as http://127.0.0.1:8080/v1")
+    if not (engine or model or fleet) and (usual := os.environ.get("CAPIBARA_FLEET__FILE")):
+        fleet = Path(usual)
+    from capibara_flow.cli.up import Wish, become
+
+    become(Wish(host, port, tuple(engine or ()), fleet, model, local_model, state, ready_file, log_level))
+
+
+@app.command()
+def chat(
+    message: Annotated[str | None, typer.Argument(help="One question; without it you can talk (or it is read from a pipe).")] = None,
+    url: Annotated[str, typer.Option(help="Where the edge answers.", envvar="CAPIBARA_URL")] = "http://127.0.0.1:5001",
+    model: Annotated[str | None, typer.Option(help="Who is to answer; the router decides when it is left out.")] = None,
+    key: Annotated[str | None, typer.Option(help="An API key.", envvar="CAPIBARA_KEY")] = None,
+) -> None:
+    """Talk to the models, or ask one question: `capibara chat "Why is the sky blue?"`."""
+    from capibara_flow.cli.chat import Conversation
+
+    conversation = Conversation(url, model, key)
+    if message is None and sys.stdin.isatty():
+        return conversation.talk()
+    question = message if message is not None else sys.stdin.read().strip()
+    if not question:
+        raise typer.BadParameter("nothing was asked")
+    try:
+        conversation.ask(question)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def doctor(state: State = DEFAULT_STATE) -> None:
+    """Look at what is here and say what is missing; exit code 1 if anything fails."""
+    from capibara_flow.cli.doctor import examine
+
+    if adopt(state) and (facts := running(state)):
+        host, _, port = facts["url"].removeprefix("http://").rpartition(":")
+        os.environ.update({"CAPIBARA_EDGE__HOST": host.strip("[]"), "CAPIBARA_EDGE__PORT": port})
+    findings = examine()
+    table = Table("check", "", "found", "what to do", box=None, pad_edge=False)
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for each in findings:
+        table.add_row(each.name, f"[{colours[each.verdict]}]{each.verdict}[/]", escape(each.detail), escape(each.remedy))
+    Console().print(table)
+    if any(each.verdict == "fail" for each in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def edge(state: State = DEFAULT_STATE) -> None:
+    """Run the door: the page and the HTTP API."""
+    adopt(state)
+    from capibara_flow import settings, wiring
+
+    wiring.run_edge(settings.load())
+
+
+@app.command()
+def worker(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Which workers: router, caller, ..., or all.")],
+    state: State = DEFAULT_STATE,
+) -> None:
+    """Run workers in this process."""
+    adopt(state)
+    os.execv(sys.executable, [sys.executable, "-m", "workers", *names])  # noqa: S606  no shell is wanted
+
+
+@engine_app.command()
+def scripted(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What it answers.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 finds a free one.")] = 9100,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Run an engine that answers from a script: for demonstrations and tests, it says so in its model's name."""
+    from capibara_flow.engines import scripted as engine
+
+    engine.run(file, host, port)
+
+
+@streams_app.command("apply")
+def streams_apply(state: State = DEFAULT_STATE) -> None:
+    """Declare the streams and consumers on the broker; existing ones are updated."""
+    adopt(state)
+    settings = _reached()
+    import asyncio
+
+    from capibara_flow import wiring
+
+    for line in asyncio.run(wiring.apply_streams(settings)):
+        typer.echo(line)
+
+
+@streams_app.command("show")
+def streams_show(state: State = DEFAULT_STATE) -> None:
+    """Show the streams, how full they are, and who reads them."""
+    adopt(state)
+    settings = _reached()
+    import asyncio
+
+    from capibara_flow import wiring
+
+    rows = asyncio.run(wiring.show_streams(settings))
+    table = Table("stream", "subjects", "messages", "bytes", "age (s)", "consumers: waiting, in work, free pulls", box=None, pad_edge=False)
+    for row in rows:
+        readers = "\n".join(f"{each['name']}: {each['pending']}, {each['ack_pending']}, {each['waiting']}" for each in row["consumers"])
+        cells = (row["name"], "\n".join(row["subjects"]), str(row["messages"]), str(row["bytes"]), str(row["age"]), readers)
+        table.add_row(*map(escape, cells))
+    Console().print(table)

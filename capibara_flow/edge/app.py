@@ -1,0 +1,148 @@
+"""The aiohttp application: routes, errors in the right dialect, CORS, and a graceful end."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from capibara_flow import __version__
+from capibara_flow.edge.chat import NativeChat
+from capibara_flow.edge.completions import Completions
+from capibara_flow.edge.door import Door
+from capibara_flow.edge.openapi import document
+from capibara_flow.edge.problems import respond
+from capibara_flow.errors import CapibaraError
+from capibara_flow.telemetry import HTTP, log
+
+PAGE = Path(__file__).parent / "page"
+_CSP = "default-src 'self'; img-src 'self' data: https:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+__all__ = ["Door", "build", "serve"]
+
+
+def build(door: Door) -> web.Application:
+    """The application around *door*."""
+    app = web.Application(
+        middlewares=[_observed, _cors(frozenset(door.edge.origins)), _errors], client_max_size=door.edge.max_body_bytes
+    )
+    app.on_response_prepare.append(_add_cors)
+    native, completions, house = NativeChat(door), Completions(door), _House(door)
+    app.router.add_post("/api/chat", native.create)
+    app.router.add_get("/api/chat/{turn}/events", native.events)
+    app.router.add_delete("/api/chat/{turn}", native.cancel)
+    app.router.add_post("/v1/chat/completions", completions.create)
+    app.router.add_get("/v1/models", completions.models)
+    app.router.add_get("/health", house.health)
+    app.router.add_get("/ready", house.ready)
+    app.router.add_get("/stats", house.stats)
+    app.router.add_get("/metrics", house.metrics)
+    app.router.add_get("/openapi.json", house.openapi)
+    app.router.add_get("/", house.page)
+    app.router.add_static("/page", PAGE)
+    return app
+
+
+class _House:
+    """What is not chat: health, figures, documents, the page."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._since = time.time()
+
+    async def health(self, _: web.Request) -> web.Response:
+        """``GET /health``: this process answers."""
+        return web.json_response({"status": "ok", "version": __version__})
+
+    async def ready(self, _: web.Request) -> web.Response:
+        """``GET /ready``: a turn can be served: broker, streams and workers are there."""
+        missing = await self._door.turns.ready()
+        return web.json_response({"ready": not missing, "missing": missing}, status=503 if missing else 200)
+
+    async def stats(self, _: web.Request) -> web.Response:
+        """``GET /stats``: what this edge has done."""
+        experts = [{"name": each.name, "dialect": each.dialect, "scripted": each.scripted} for each in self._door.fleet.active]
+        uptime = round(time.time() - self._since, 1)
+        return web.json_response({"version": __version__, "uptime_seconds": uptime, "experts": experts, **self._door.turns.facts()})
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        """``GET /metrics``: Prometheus text."""
+        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def openapi(self, _: web.Request) -> web.Response:
+        """``GET /openapi.json``."""
+        return web.json_response(document())
+
+    async def page(self, _: web.Request) -> web.StreamResponse:
+        """``GET /``: the chat page."""
+        return web.FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": _CSP, "X-Content-Type-Options": "nosniff"})
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Every error leaves in the shape of its dialect; only what nobody foresaw is logged as a fault."""
+    try:
+        return await handler(request)
+    except CapibaraError as error:
+        headers = {"Retry-After": "2"} if error.retryable else {}
+        return respond(request, error.status, error.title, str(error), headers)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        detail = f"the body is larger than {request.app._client_max_size} bytes" if error.status == 413 else error.reason
+        return respond(request, error.status, error.reason.lower(), detail, {k: v for k, v in error.headers.items() if k == "Allow"})
+    except (ConnectionResetError, asyncio.CancelledError):
+        raise  # the client has gone: there is nobody to tell
+    except Exception:  # the last resort before the client: it must be told something, and the log everything
+        log.exception("request_failed", path=request.path)
+        return respond(request, 500, "internal error", "something went wrong here; the log knows what")
+
+
+@web.middleware
+async def _observed(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    response = await handler(request)
+    route = request.match_info.route.resource
+    HTTP.labels(route.canonical if route else "none", str(response.status)).inc()
+    return response
+
+
+def _cors(origins: frozenset[str]) -> Callable[[web.Request, _Handler], Awaitable[web.StreamResponse]]:
+    """Let pages of the configured *origins* call us (Fetch standard, CORS protocol)."""
+
+    @web.middleware
+    async def cors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        origin = request.headers.get("Origin", "")
+        if origin not in origins:
+            return await handler(request)
+        allowed = {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Expose-Headers": "X-Capibara-Turn"}
+        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+            allowed["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
+            allowed["Access-Control-Allow-Headers"] = "Content-Type, Authorization, Last-Event-ID, Idempotency-Key"
+            allowed["Access-Control-Max-Age"] = "600"
+            return web.Response(status=204, headers=allowed)
+        request["cors"] = allowed
+        return await handler(request)
+
+    return cors
+
+
+async def _add_cors(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(request.get("cors", {}))
+
+
+async def serve(door: Door) -> None:
+    """Serve until SIGTERM or SIGINT; open streams are cut then, and resume elsewhere."""
+    app = build(door)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+    await runner.setup()
+    await web.TCPSite(runner, door.edge.host, door.edge.port, reuse_address=True).start()
+    stop = asyncio.Event()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(each, stop.set)
+    log.info("edge_ready", addresses=[str(address) for address in runner.addresses])
+    await stop.wait()
+    await runner.cleanup()

@@ -1,0 +1,140 @@
+"""What clients send: the native body is strict, the OpenAI dialect tolerates what it does not know."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from topics.chat import ChatMessage, ChatRequest, ContentPart, Sampling, ToolCall
+
+
+class ChatBody(BaseModel):
+    """``POST /api/chat``: a *message*, or all *messages* of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    message: str | None = Field(default=None, description="A single question")
+    messages: tuple[ChatMessage, ...] | None = Field(default=None, description="A whole conversation, oldest first")
+    model: str | None = Field(default=None, description="An expert's name or alias; left out or `auto`, the router chooses")
+    stream: bool = Field(default=True, description="Server-sent events, or one JSON object")
+    sampling: Sampling = Sampling()
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        if (self.message is None) == (self.messages is None):
+            raise ValueError("give either 'message' or 'messages'")
+        if not any(message.text.strip() or message.has_image for message in self.conversation if message.role != "assistant"):
+            raise ValueError("the message is empty")
+        return self
+
+    @property
+    def conversation(self) -> tuple[ChatMessage, ...]:
+        """The messages, however they were given."""
+        if self.messages is not None:
+            return self.messages
+        return (ChatMessage(role="user", content=self.message),)
+
+    def request(self) -> ChatRequest:
+        """The dialect-free request."""
+        return ChatRequest(
+            messages=self.conversation,
+            model=self.model,
+            sampling=self.sampling,
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+            response_format=self.response_format,
+        )
+
+
+class _Tolerant(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class OpenAIMessage(_Tolerant):
+    """A message as OpenAI's clients send it."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | tuple[ContentPart, ...] | None = None
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_call_id: str | None = None
+
+    def message(self) -> ChatMessage:
+        """The same in our roles: a developer's word is a system message."""
+        return ChatMessage(
+            role="system" if self.role == "developer" else self.role,
+            content=self.content,
+            name=self.name,
+            tool_calls=self.tool_calls or (),
+            tool_call_id=self.tool_call_id,
+        )
+
+
+class StreamOptions(_Tolerant):
+    """Options of a streamed completion."""
+
+    include_usage: bool | None = False
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value or []
+
+
+class CompletionBody(_Tolerant):
+    """``POST /v1/chat/completions``."""
+
+    messages: tuple[OpenAIMessage, ...] = Field(min_length=1)
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    logprobs: Literal[False] | None = Field(default=None, description="Not offered yet: true is refused")
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    repeat_penalty: float | None = Field(default=None, gt=0)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    seed: int | None = None
+    stop: Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(max_length=16)] = ()
+    tools: tuple[dict[str, Any], ...] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        messages = [each.message() for each in self.messages]
+        if not any(each.text.strip() or each.has_image for each in messages if each.role != "assistant"):
+            raise ValueError("messages: they are all empty")
+        return self
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a streamed completion ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def request(self) -> ChatRequest:
+        """The dialect-free request."""
+        return ChatRequest(
+            messages=tuple(each.message() for each in self.messages),
+            model=self.model,
+            sampling=Sampling(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                max_tokens=self.max_completion_tokens or self.max_tokens,
+                repeat_penalty=self.repeat_penalty or self.repetition_penalty,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                seed=self.seed,
+                stop=self.stop,
+            ),
+            tools=self.tools or (),
+            tool_choice=self.tool_choice,
+            response_format=self.response_format,
+        )

@@ -1,0 +1,166 @@
+"""The OpenAI dialect: ``/v1/chat/completions`` and ``/v1/models``, as its official clients expect them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from capibara_flow.domain.collecting import Collected
+from capibara_flow.domain.turns import created
+from capibara_flow.edge import sse
+from capibara_flow.edge.bodies import CompletionBody
+from capibara_flow.edge.door import Door, collect
+from capibara_flow.edge.problems import openai_error
+from capibara_flow.errors import TurnExpired
+from capibara_flow.ports import Batch
+from capibara_flow.telemetry import TURNS
+from topics.output import Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage, parse
+
+PREFIX = "chatcmpl-"
+
+
+class Completions:
+    """``/v1/chat/completions`` and ``/v1/models``."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+
+    async def create(self, request: web.Request) -> web.StreamResponse:
+        """``POST /v1/chat/completions``."""
+        identity = self._door.identify(request)
+        body = await self._door.read(request, CompletionBody)
+        asked = body.request()
+        self._door.check(asked)
+        turn, batches = await self._door.open(asked, identity)
+        if body.stream:
+            return await self._stream(request, turn, batches, Chunks(turn, body.model or "auto", usage=body.wants_usage))
+        return await self._whole(turn, batches)
+
+    async def models(self, request: web.Request) -> web.Response:
+        """``GET /v1/models``: the experts, and ``auto`` for whoever leaves the choice to us."""
+        self._door.identify(request)
+        rows = [{"id": "auto", "object": "model", "created": 0, "owned_by": "capibara"}]
+        for expert in self._door.fleet.active:
+            row: dict[str, Any] = {"id": expert.name, "object": "model", "created": 0, "owned_by": "capibara"}
+            rows.append(row | ({"scripted": True} if expert.scripted else {}))
+        return web.json_response({"object": "list", "data": rows})
+
+    async def _stream(
+        self, request: web.Request, turn: str, batches: AsyncIterator[Sequence[Batch]], chunks: "Chunks"
+    ) -> web.StreamResponse:
+        async with sse.opened(request, {"X-Capibara-Turn": turn}, self._door.edge.heartbeat_seconds) as stream:
+            outcome = "left"
+            try:
+                async with asyncio.timeout(self._door.seconds_left(turn)):
+                    outcome = "ended" if await stream.copy(batches, chunks.encode) else "broken"
+            except TimeoutError:
+                outcome = "expired"
+                await stream.write(chunks.error(504, "turn expired", "the turn did not end within its time"))
+            finally:
+                TURNS.labels(outcome).inc()
+        return stream.response
+
+    async def _whole(self, turn: str, batches: AsyncIterator[Sequence[Batch]]) -> web.Response:
+        try:
+            async with asyncio.timeout(self._door.seconds_left(turn)):
+                collected = await collect(batches)
+        except TimeoutError as error:
+            raise TurnExpired("the turn did not end within its time") from error
+        TURNS.labels("ended").inc()
+        headers = {"X-Capibara-Turn": turn}
+        if collected.failed:
+            failed = collected.failed
+            return web.json_response(openai_error(failed.status, failed.title, failed.detail), status=failed.status, headers=headers)
+        if collected.done and collected.done.finish_reason == "cancelled":
+            return web.json_response(openai_error(409, "cancelled", "the turn was cancelled"), status=409, headers=headers)
+        if collected.routed:
+            headers["X-Capibara-Route"] = collected.routed.route_name
+        return web.json_response(_completion(turn, collected), headers=headers)
+
+
+class Chunks:
+    """Output events become completion chunks; what the dialect cannot say ends the stream with an error."""
+
+    def __init__(self, turn: str, model: str, *, usage: bool) -> None:
+        self._head = {"id": PREFIX + turn, "object": "chat.completion.chunk", "created": int(created(turn)), "model": model}
+        self._wants_usage = usage
+        self._usage: Usage | None = None
+        self._said = False
+        self._over = False
+
+    def encode(self, batch: Batch) -> bytes:
+        """The chunks of one batch."""
+        written = b"".join(self._event(parse(line)) for line in batch.lines if not self._over)
+        return b"id: %d\n%s" % (batch.sequence, written) if written else b""
+
+    def error(self, status: int, title: str, detail: str) -> bytes:
+        """An error frame; no ``[DONE]`` follows, so that nobody takes the stream for complete."""
+        self._over = True
+        return b"data: %s\n\n" % orjson.dumps(openai_error(status, title, detail))
+
+    def _event(self, output: Output) -> bytes:
+        match output:
+            case Token(text=text, reasoning=reasoning):
+                return self._delta(({"content": text} if text else {}) | ({"reasoning_content": reasoning} if reasoning else {}))
+            case ToolCalled():
+                return self._delta({"tool_calls": [_fragment(output)]})
+            case Routed(model_id=model):
+                self._head["model"] = model
+            case Usage():
+                self._usage = output
+            case Reset() if self._said:
+                return self.error(502, "answer reset", "the answer had to start anew, which this dialect cannot express; ask again")
+            case Failed(status=status, title=title, detail=detail):
+                return self.error(status, title, detail)
+            case Done(finish_reason="cancelled"):
+                return self.error(409, "cancelled", "the turn was cancelled")
+            case Done(finish_reason=reason):
+                return self._end(reason)
+        return b""
+
+    def _delta(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
+        if not self._said:
+            self._said = True
+            delta = {"role": "assistant", "content": "", **delta}
+        return self._chunk([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}])
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return b"data: %s\n\n" % orjson.dumps({**self._head, "choices": choices, **more})
+
+    def _end(self, reason: str) -> bytes:
+        end = self._delta({}, reason)
+        if self._wants_usage:
+            end += self._chunk([], usage=_usage(self._usage))
+        return end + b"data: [DONE]\n\n"
+
+
+def _fragment(call: ToolCalled) -> dict[str, Any]:
+    function = {"arguments": call.arguments} | ({"name": call.name} if call.name else {})
+    head = {"id": call.id, "type": "function"} if call.id else {}
+    return {"index": call.index, **head, "function": function}
+
+
+def _usage(usage: Usage | None) -> dict[str, int]:
+    prompt, completion = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _completion(turn: str, collected: Collected) -> dict[str, Any]:
+    assert collected.done
+    message: dict[str, Any] = {"role": "assistant", "content": collected.text, "refusal": None}
+    if collected.reasoning:
+        message["reasoning_content"] = collected.reasoning
+    if collected.tool_calls:
+        message["tool_calls"] = [call.model_dump() for call in collected.tool_calls]
+        message["content"] = collected.text or None
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": collected.done.finish_reason}
+    return {
+        "id": PREFIX + turn,
+        "object": "chat.completion",
+        "created": int(created(turn)),
+        "model": collected.done.model_id,
+        "choices": [choice],
+        "usage": _usage(collected.usage),
+    }

@@ -1,0 +1,76 @@
+"""The door described: OpenAPI 3.1, its schemas computed from the models that check the bodies."""
+
+from functools import cache
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from capibara_flow import __version__
+from capibara_flow.edge.bodies import ChatBody, CompletionBody
+from topics.output import OUTPUTS
+
+_TURN = {"name": "turn", "in": "path", "required": True, "schema": {"type": "string", "minLength": 32, "maxLength": 32}}
+_RESUME = {"name": "Last-Event-ID", "in": "header", "required": False, "schema": {"type": "string"}}
+_AFTER = {"name": "after", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}}
+
+
+def _body(name: str) -> dict[str, Any]:
+    return {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
+
+
+def _answer(text: str, *kinds: str) -> dict[str, Any]:
+    return {"description": text, "content": {kind: {"schema": {"type": "string" if "text" in kind else "object"}} for kind in kinds}}
+
+
+_PROBLEM = _answer("What went wrong", "application/problem+json")
+_ERROR = _answer("What went wrong", "application/json")
+_CHAT = {"200": _answer("The answer", "text/event-stream", "application/json"), "4XX": _PROBLEM, "5XX": _PROBLEM}
+_PATHS: dict[str, Any] = {
+    "/api/chat": {"post": {"summary": "Ask; the answer streams back", "requestBody": _body("ChatBody"), "responses": _CHAT}},
+    "/api/chat/{turn}/events": {
+        "get": {
+            "summary": "Go on reading a turn, on any edge",
+            "parameters": [_TURN, _RESUME, _AFTER],
+            "responses": {"200": _answer("The events after that one", "text/event-stream"), "4XX": _PROBLEM, "5XX": _PROBLEM},
+        }
+    },
+    "/api/chat/{turn}": {
+        "delete": {
+            "summary": "Stop a turn",
+            "parameters": [_TURN],
+            "responses": {"202": _answer("It is being stopped", "application/json"), "4XX": _PROBLEM, "5XX": _PROBLEM},
+        }
+    },
+    "/v1/chat/completions": {
+        "post": {
+            "summary": "Ask, in OpenAI's dialect",
+            "requestBody": _body("CompletionBody"),
+            "responses": {"200": _answer("The completion", "text/event-stream", "application/json"), "4XX": _ERROR, "5XX": _ERROR},
+        }
+    },
+    "/v1/models": {"get": {"summary": "The experts", "responses": {"200": _answer("A list", "application/json"), "4XX": _ERROR}}},
+    "/health": {"get": {"summary": "This process answers", "responses": {"200": _answer("Yes", "application/json")}}},
+    "/ready": {
+        "get": {
+            "summary": "A turn can be served",
+            "responses": {"200": _answer("Yes", "application/json"), "503": _answer("What is missing", "application/json")},
+        }
+    },
+    "/stats": {"get": {"summary": "What this edge has done", "responses": {"200": _answer("Figures", "application/json")}}},
+    "/metrics": {"get": {"summary": "Prometheus metrics", "responses": {"200": _answer("Metrics", "text/plain")}}},
+    "/openapi.json": {"get": {"summary": "This document", "responses": {"200": _answer("OpenAPI", "application/json")}}},
+}
+
+
+@cache
+def document() -> dict[str, Any]:
+    """The whole document."""
+    models = [(model, "validation") for model in (ChatBody, CompletionBody)] + [(model, "serialization") for model in OUTPUTS]
+    _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]  # a list of pairs is one
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Capibara Flow", "version": __version__, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}},
+        "paths": _PATHS,
+        "components": {"schemas": schemas["$defs"], "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{}, {"key": []}],
+    }

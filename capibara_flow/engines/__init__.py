@@ -1,0 +1,1 @@
+"""Engines: one product per file, each behind a port; only ``wiring`` chooses among them."""

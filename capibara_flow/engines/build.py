@@ -1,0 +1,25 @@
+"""From an expert's settings to the engine that serves it."""
+
+from capibara_flow.domain.fleet import Expert
+from capibara_flow.engines.llama_completion import LlamaCompletion
+from capibara_flow.engines.ollama import OllamaChat
+from capibara_flow.engines.openai_chat import OpenAIChat
+from capibara_flow.engines.replicas import Replicas
+from capibara_flow.ports import ChatEngine
+
+
+def build_engine(expert: Expert, url: str) -> ChatEngine:
+    """The engine for the expert's dialect at one address; raises ``SettingsError`` for an unknown template."""
+    match expert.dialect:
+        case "llama_completion":
+            return LlamaCompletion(expert, url)
+        case "ollama":
+            return OllamaChat(expert, url)
+        case "openai" | "llama_server" | "vllm":
+            return OpenAIChat(expert, url)
+
+
+def build_expert(expert: Expert) -> ChatEngine:
+    """The engine for all addresses of *expert*."""
+    engines = [build_engine(expert, url) for url in expert.urls]
+    return engines[0] if len(engines) == 1 else Replicas(engines)

@@ -1,0 +1,1 @@
+"""Where hops of the map become subscriptions, and answers become fenced output."""

@@ -1,0 +1,56 @@
+"""Connections to NATS: one role each, with its own inbox, that never give up reconnecting."""
+
+from typing import Any
+from urllib.parse import quote
+
+import nats
+from faststream.nats import NatsBroker
+from nats.aio.client import Client
+
+from capibara_flow.settings import Settings
+from capibara_flow.telemetry import log
+
+
+def inbox_prefix(role: str) -> str:
+    """Replies to *role* arrive below this subject, which no other role may read."""
+    return f"_INBOX_{role}"
+
+
+def options(settings: Settings, role: str) -> dict[str, Any]:
+    """Connection options of *role*, as nats-py and FastStream both take them."""
+
+    async def failed(error: Exception) -> None:
+        log.warning("nats_error", role=role, error=repr(error))
+
+    return {
+        "name": f"capibara-{role}",
+        "inbox_prefix": inbox_prefix(role),
+        "max_reconnect_attempts": -1,
+        "reconnect_time_wait": 0.2,
+        "error_cb": failed,
+    }
+
+
+def addresses(settings: Settings, role: str) -> list[str]:
+    """The servers, each with the role's credentials unless the configured address has some of its own."""
+    password = settings.nats.passwords.get(role)
+    urls = settings.nats.url.split(",")
+    if password is None or "@" in settings.nats.url:
+        return urls
+    credentials = f"{role}:{quote(password.get_secret_value(), safe='')}@"
+    return [url.replace("://", f"://{credentials}", 1) for url in urls]
+
+
+async def connect(settings: Settings, role: str) -> Client:
+    """A raw connection: for tokens, the door and tools."""
+    return await nats.connect(addresses(settings, role), **options(settings, role))
+
+
+def broker(settings: Settings, role: str) -> NatsBroker:
+    """A FastStream broker, not yet connected: for work messages."""
+    return NatsBroker(
+        addresses(settings, role),
+        logger=None,
+        graceful_timeout=settings.worker.graceful_seconds,
+        **options(settings, role),
+    )

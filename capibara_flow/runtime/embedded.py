@@ -1,0 +1,229 @@
+"""A broker of one's own: ``nats-server`` as a child process, with the configuration that real deployments use.
+
+Free of asyncio and of anything heavy, so that a supervisor stays small and tests may use it anywhere.
+"""
+
+import base64
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+from pathlib import Path
+from typing import IO, Any, Self
+
+from capibara_flow.errors import Terminal
+from capibara_flow.runtime.leash import leashed
+
+PASSWORD_VARIABLE = "CAPIBARA_NATS__PASSWORDS__"  # noqa: S105  a name, not a password
+_ROLE = re.compile(rf"\$\{{?{PASSWORD_VARIABLE}(\w+)")
+
+
+class CannotStart(Terminal):
+    """Something that should run here cannot; the message says what to do about it."""
+
+
+def find_server() -> str:
+    """The ``nats-server`` binary: ``$NATS_SERVER``, beside this Python, on the ``PATH``; raises ``CannotStart``."""
+    beside = shutil.which("nats-server", path=sysconfig.get_path("scripts"))
+    chosen = os.environ.get("NATS_SERVER")
+    if chosen and not os.access(chosen, os.X_OK):
+        raise CannotStart(f"NATS_SERVER={chosen} is not a program: correct or unset it")
+    found = chosen or beside or shutil.which("nats-server")
+    if not found:
+        raise CannotStart("no nats-server: install it with `pip install 'capibara-flow[local]'`, or set NATS_SERVER to its path")
+    return found
+
+
+def default_config() -> Path:
+    """``nats.conf`` of the working directory or of the source tree; raises ``CannotStart``."""
+    places = (Path("nats.conf"), Path(__file__).parents[2] / "nats.conf")
+    for place in places:
+        if place.is_file():
+            return place
+    raise CannotStart("no nats.conf here: run this in the project's folder")
+
+
+def greeting(host: str, port: int, timeout: float = 2) -> dict[str, Any]:
+    """What a NATS server says first (its ``INFO``); raises ``OSError``, or ``ValueError`` from anything but a NATS server."""
+    with socket.create_connection((host, port), timeout=timeout) as connection, connection.makefile("rb") as lines:
+        line = lines.readline(65536)
+    if not line.startswith(b"INFO "):
+        raise ValueError(f"{host}:{port} does not speak NATS")
+    info: dict[str, Any] = json.loads(line[5:])
+    return info
+
+
+def fresh_log(path: Path) -> IO[bytes]:
+    """An empty log at *path*; the one of the run before becomes ``NAME.1``."""
+    if path.exists():
+        path.replace(path.with_name(f"{path.name}.1"))
+    return path.open("ab")
+
+
+def last_lines(path: Path, count: int = 15) -> str:
+    """The end of a log, or an empty string where there is none."""
+    try:
+        with path.open("rb") as log:
+            log.seek(max(0, path.stat().st_size - 16_384))
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-count:])
+    except OSError:
+        return ""
+
+
+class EmbeddedBroker:
+    """``nats-server`` on a free port of this machine, as long as the ``with`` block or this process lives.
+
+    *store_dir* holds its data, its log and a lock: two brokers on one store would destroy it. *config* is a nats.conf;
+    each ``$CAPIBARA_NATS__PASSWORDS__ROLE`` in it gets a fresh random password. The port is chosen at the first start
+    and kept over ``restart``. Raises ``CannotStart``. Use it from a thread that outlives it (see ``leash``).
+    """
+
+    host = "127.0.0.1"
+
+    def __init__(self, store_dir: Path, *, config: Path | None = None, start_seconds: float = 30) -> None:
+        self.store_dir = store_dir.absolute()
+        self.log = self.store_dir / "nats-server.log"
+        self.port = 0
+        self._config = config or default_config()
+        self._start_seconds = start_seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock: IO[bytes] | None = None
+        self.passwords = {role: _password() for role in _roles(self._config)}
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where clients find it, without a user."""
+        return f"nats://{self.host}:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, if it was started."""
+        return self._process.pid if self._process else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def environment(self, *roles: str) -> dict[str, str]:
+        """The variables with which those of *roles* that it knows (all when none is named) reach this broker."""
+        chosen = [role for role in self.passwords if not roles or role in roles]
+        return {"CAPIBARA_NATS__URL": self.url} | {_variable(role): self.passwords[role] for role in chosen}
+
+    def start(self) -> None:
+        """Start and wait until it answers."""
+        server = find_server()
+        self.store_dir.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        for old in self.store_dir.glob("nats-server_*.ports"):
+            old.unlink()
+        with fresh_log(self.log) as log:
+            self._run(server, log)
+
+    def restart(self) -> None:
+        """Start again on the same port with the same data; ends the old process first if it still runs."""
+        self._end(signal.SIGTERM)
+        with self.log.open("ab") as log:
+            self._run(find_server(), log)
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self._end(signal.SIGKILL)
+
+    def stop(self, grace_seconds: float = 10) -> None:
+        """End it in order, with force after *grace_seconds*, and free the store."""
+        self._end(signal.SIGTERM, grace_seconds)
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def _run(self, server: str, log: IO[bytes]) -> None:
+        assert self._lock is not None, "start before restart"  # noqa: S101  a programming error
+        arguments = ["-c", str(self._config), "-a", self.host, "-p", str(self.port or -1)]
+        arguments += ["-sd", str(self.store_dir), "--ports_file_dir", str(self.store_dir)]
+        self._process = subprocess.Popen(  # noqa: S603  the binary that find_server chose
+            leashed([server, *arguments]),
+            env=os.environ | {_variable(role): password for role, password in self.passwords.items()},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            # The server holds the lock too: a store is free only when both are gone.
+            pass_fds=[self._lock.fileno()],
+        )
+        end = time.monotonic() + self._start_seconds
+        while not self._listening():
+            if not self.alive or time.monotonic() > end:
+                self._end(signal.SIGKILL)
+                raise CannotStart(f"the broker did not start; its log, {self.log}, ends with:\n{last_lines(self.log)}")
+            time.sleep(0.005)
+
+    def _listening(self) -> bool:
+        try:
+            ports = json.loads((self.store_dir / f"nats-server_{self.pid}.ports").read_text(encoding="utf-8"))
+            self.port = int(ports["nats"][0].rpartition(":")[2])
+            return bool(greeting(self.host, self.port))
+        except (OSError, ValueError):
+            # Not there yet, or half written.
+            return False
+
+    def _take_lock(self, wait_seconds: float = 5) -> None:
+        lock = (self.store_dir / "lock").open("ab")
+        end = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                # A broker whose supervisor was just killed needs a moment to put its data away.
+                if time.monotonic() > end:
+                    lock.close()
+                    raise CannotStart(f"another broker uses {self.store_dir}: stop it, or choose another folder with --state") from None
+                time.sleep(0.05)
+            else:
+                self._lock = lock
+                return
+
+    def _end(self, sign: signal.Signals, grace_seconds: float = 10) -> None:
+        if self._process is None:
+            return
+        self._process.send_signal(sign)
+        try:
+            self._process.wait(grace_seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _roles(config: Path) -> list[str]:
+    try:
+        text = config.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CannotStart(f"{config}: cannot be read: {error.strerror}") from error
+    return sorted({role.lower() for role in _ROLE.findall(text)})
+
+
+def _variable(role: str) -> str:
+    return f"{PASSWORD_VARIABLE}{role.upper()}"
+
+
+def _password() -> str:
+    # A letter first: nats.conf would read a bare word that begins with a digit as a number. Not by `secrets`, which does
+    # the same but loads OpenSSL.
+    return "p" + base64.urlsafe_b64encode(os.urandom(24)).decode()

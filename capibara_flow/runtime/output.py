@@ -1,0 +1,79 @@
+"""Reading stored messages: the last of a subject from the leader, and runs of them by batched direct get (NATS ADR-31)."""
+
+import asyncio
+import base64
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
+
+from capibara_flow.errors import BrokerUnavailable
+
+OUT = "CF_OUT"
+_BATCH = 256
+_TIMEOUT = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One message as its stream has it."""
+
+    sequence: int
+    data: bytes
+
+
+async def last_message(client: Client, subject: str, stream: str = OUT) -> Stored | None:
+    """The last message of *subject*, asked of the stream's leader; raises ``BrokerUnavailable``."""
+    body = json.dumps({"last_by_subj": subject}).encode()
+    try:
+        reply = await client.request(f"$JS.API.STREAM.MSG.GET.{stream}", body, timeout=_TIMEOUT)
+    except (NatsError, TimeoutError) as error:
+        raise BrokerUnavailable(f"{stream} does not answer: {error!r}") from error
+    answer: dict[str, Any] = json.loads(reply.data)
+    if message := answer.get("message"):
+        return Stored(message["seq"], base64.b64decode(message.get("data", "")))
+    if answer["error"].get("err_code") == 10037:  # no message found
+        return None
+    raise BrokerUnavailable(f"{stream}: {answer['error']['description']}")
+
+
+async def stored(client: Client, subject: str, after: int, stream: str = OUT) -> list[Stored]:
+    """Messages of *subject* with sequences above *after*, in order, at most a batch of them; raises ``BrokerUnavailable``."""
+    found: list[Stored] = []
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def receive(message: Msg) -> None:
+        headers = message.headers or {}
+        if status := headers.get("Status"):
+            _end(ended, status, headers.get("Description", ""))
+        else:
+            found.append(Stored(int(headers["Nats-Sequence"]), message.data))
+
+    inbox = client.new_inbox()
+    subscription = await client.subscribe(inbox, cb=receive)
+    try:
+        body = json.dumps({"seq": after + 1, "next_by_subj": subject, "batch": _BATCH}).encode()
+        await client.publish(f"$JS.API.DIRECT.GET.{stream}", body, reply=inbox)
+        await asyncio.wait_for(ended, _TIMEOUT)
+    except (NatsError, TimeoutError) as error:
+        raise BrokerUnavailable(f"{stream} does not answer: {error!r}") from error
+    finally:
+        if client.is_connected:
+            await subscription.unsubscribe()
+    return found
+
+
+def _end(ended: asyncio.Future[None], status: str, description: str) -> None:
+    """End of batch (204) and nothing found (404) are answers; anything else is a fault."""
+    if ended.done():
+        return
+    if status in {"204", "404"}:
+        ended.set_result(None)
+    elif status == "503":
+        ended.set_exception(NoRespondersError())
+    else:
+        ended.set_exception(BrokerUnavailable(f"direct get: {status} {description}"))

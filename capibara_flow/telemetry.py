@@ -1,0 +1,52 @@
+"""Every metric and the log's set-up, spelled once."""
+
+import logging
+import re
+import sys
+from typing import Any
+
+import structlog
+from prometheus_client import Counter, Gauge, Histogram
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+TURNS = Counter("capibara_turns", "Turns by how their stream ended at this door", ["outcome"])
+OPEN_STREAMS = Gauge("capibara_open_streams", "Clients that follow a turn now")
+TURN_SECONDS = Histogram("capibara_turn_duration_seconds", "From request to final event, at the door", buckets=_SECONDS)
+FIRST_TOKEN_SECONDS = Histogram("capibara_first_token_seconds", "From call to first token", ["expert"], buckets=_SECONDS)
+TOKENS = Counter("capibara_tokens", "Tokens counted by engines", ["expert", "direction"])
+STAGE_SECONDS = Histogram("capibara_stage_duration_seconds", "One message's work at a stage", ["stage"], buckets=_SECONDS)
+SETTLED = Counter("capibara_work_settled", "Work messages by how they were settled", ["stage", "how"])
+HTTP = Counter("capibara_http_responses", "Responses of the door", ["route", "status"])
+
+_SECRET_KEYS = re.compile(r"password|secret|token$|api_?key|authorization|cookie", re.IGNORECASE)
+_SECRET_VALUES = re.compile(r"(sk-[A-Za-z0-9_-]{6})[A-Za-z0-9_-]+|(://[^:/@\s]+:)[^@\s]+@|(Bearer )\S+")
+
+
+def redact(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Hide secrets by the name of their key, and inside values by their form."""
+    for key, value in event.items():
+        if _SECRET_KEYS.search(key):
+            event[key] = "***"
+        elif isinstance(value, str):
+            event[key] = _SECRET_VALUES.sub(lambda found: f"{found[1] or found[2] or found[3]}***", value)
+    return event
+
+
+def configure(*, level: str, style: str) -> None:
+    """Log to standard error, as JSON lines or for people (``console``)."""
+    renderer: Any = structlog.processors.JSONRenderer() if style == "json" else structlog.dev.ConsoleRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            redact,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper(), logging.INFO)),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

@@ -1,0 +1,150 @@
+"""Systems under test: how they are started and stopped, and what their processes cost."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+STRAIGHT, CAPIBARA = "straight", "capibara"
+#: Words of a command line that tell what a process is for; the last one wins.
+_ROLES = {"up": "launcher", "tests.bench.mock": "engine"} | {
+    word: word for word in ("edge", "router", "caller", "undertaker", "observer", "worker", "workers", "streams")
+}
+_CONCURRENCY = 64
+_READY_SECONDS, _STOP_SECONDS = 60, 20
+
+
+class DidNotStart(RuntimeError):
+    """The system under test is not ready in time, or has gone; the message tells what it said."""
+
+
+def _clock(pid: int) -> float:
+    """CPU seconds (user and system, all threads) of *pid*, to the nanosecond.
+
+    ``/proc/PID/stat`` counts in steps of 10 ms; this is the process's CPU-time clock, whose id Linux makes of the pid
+    (``MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED)`` of the kernel's ``posix-timers.h``). Raises ``OSError`` when it has exited.
+    """
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Tree:
+    """All processes of a system, from *root* down: also those that have left their parent, and those that have exited."""
+
+    def __init__(self, root: int) -> None:
+        self._root = psutil.Process(root)
+        self._seen: set[psutil.Process] = set()
+
+    def processes(self) -> list[psutil.Process]:
+        """Those that are alive."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._seen |= {self._root, *self._root.children(recursive=True)}
+        return [process for process in self._seen if _alive(process)]
+
+    def cpu(self) -> dict[str, float]:
+        """CPU seconds so far by role; what an exited process took is its parent's, as the kernel books it."""
+        return self._by_role(lambda process: _clock(process.pid) + sum(process.cpu_times()[2:4]))
+
+    def rss(self) -> dict[str, float]:
+        """Resident memory by role in MB (10^6 bytes); pages that processes share count for each of them."""
+        return self._by_role(lambda process: process.memory_info().rss / 1e6)
+
+    def stop(self) -> None:
+        """Ask the root to stop, then make an end of whatever is left."""
+        processes = self.processes()
+        if self._root in processes:
+            self._root.terminate()
+        _, alive = psutil.wait_procs(processes, timeout=_STOP_SECONDS)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=_STOP_SECONDS)
+
+    def _by_role(self, measure: Callable[[psutil.Process], float]) -> dict[str, float]:
+        totals: dict[str, float] = defaultdict(float)
+        for process in self.processes():
+            try:
+                totals[self._role(process)] += measure(process)
+            except (psutil.NoSuchProcess, ProcessLookupError, OSError):
+                continue  # it has exited since: its parent accounts for it
+        return dict(totals)
+
+    def _role(self, process: psutil.Process) -> str:
+        words = process.cmdline()
+        if not words or "nats-server" in Path(words[0]).name:
+            return "broker"
+        roles = [_ROLES[word] for word in words if word in _ROLES]
+        return roles[-1] if roles else process.name()
+
+
+@dataclass(frozen=True)
+class System:
+    """A running system: *url* is its address; without a *tree* it is somebody else's and only looked at from outside."""
+
+    name: str
+    url: str
+    tree: Tree | None
+
+
+@contextlib.contextmanager
+def straight() -> Iterator[System]:
+    """The mock engine by itself."""
+    command = [sys.executable, "-m", "tests.bench.mock", "--port", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    tree = Tree(process.pid)
+    try:
+        url = process.stdout.readline().strip() if process.stdout else ""
+        if not url:
+            raise DidNotStart("the mock engine did not say its address")
+        yield System(STRAIGHT, url, tree)
+    finally:
+        tree.stop()
+        process.wait()
+
+
+@contextlib.contextmanager
+def capibara(engine: str) -> Iterator[System]:
+    """Capibara in front of *engine* (a base URL without path), as ``capibara up`` starts it, with its state in a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as home:
+        ready, log, fleet = Path(home, "ready.json"), Path(home, "log"), Path(home, "fleet.toml")
+        # A fleet file and not --engine, because that lets an engine answer fewer at once than a scenario asks.
+        fleet.write_text(f'[[experts]]\nname = "mock"\ndialect = "vllm"\nurls = ["{engine}/v1"]\nconcurrency = {_CONCURRENCY}\n')
+        command = [sys.executable, "-m", "capibara_flow", "up", "--fleet", str(fleet), "--port", "0", "--no-local-model"]
+        command += ["--state", str(Path(home, "state")), "--ready-file", str(ready)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, cwd=home, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        tree = Tree(process.pid)
+        try:
+            yield System(CAPIBARA, _await_ready(process, ready, log), tree)
+        finally:
+            tree.stop()
+            process.wait()
+
+
+def _await_ready(process: subprocess.Popen[bytes], ready: Path, log: Path) -> str:
+    deadline = time.monotonic() + _READY_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            url: str = json.loads(ready.read_text())["url"]
+        except (FileNotFoundError, json.JSONDecodeError):
+            time.sleep(0.05)
+        else:
+            return url
+    said = log.read_text(errors="replace")[-4000:]
+    raise DidNotStart(f"capibara is not ready (exit code {process.poll()}); it said:\n{said}")

@@ -1,0 +1,284 @@
+"""The bench must notice what it is there to notice."""
+
+import asyncio
+import csv
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import orjson
+import pytest
+from openai import AsyncOpenAI
+
+from . import __main__ as bench
+from . import load, mock, scenarios, system
+from .load import Plan
+from .scenarios import Figure, Run
+from .wire import Ask, Transcript, token
+
+TOKENS = 5
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[str]:
+    server, url = await mock.serve()
+    yield url
+    server.close()
+
+
+async def get(url: str, path: str) -> dict[str, object]:
+    address = url.removeprefix("http://")
+    reader, writer = await asyncio.open_connection(*address.split(":"))
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n".encode())
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length:")[1].split()[0])
+    body: dict[str, object] = orjson.loads(await reader.readexactly(length))
+    writer.close()
+    return body
+
+
+async def until(condition: Callable[[dict[str, object]], bool], url: str) -> dict[str, object]:
+    async with asyncio.timeout(20):
+        while not condition(counts := await get(url, "/counts")):  # noqa: ASYNC110  the engine cannot tell, it must be asked
+            await asyncio.sleep(0.01)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan("", clients=3, requests=2, tokens=20),
+        Plan("", clients=3, requests=2, tokens=4, gap_ms=2, spread_ms=5),
+        Plan("", clients=3, requests=2, tokens=1),
+        Plan("", clients=3, requests=2, tokens=7, stream=False),
+        Plan("", clients=3, requests=2, tokens=3, gap_ms=1, stream=False),
+    ],
+    ids=["burst", "paced", "single", "whole", "whole-paced"],
+)
+async def test_an_honest_engine_has_no_errors(engine: str, plan: Plan) -> None:
+    report = await load.run(Plan(**{**vars(plan), "url": engine}))
+    assert report.errors == []
+    assert (report.requests, report.failed, report.tokens) == (6, 0, 6 * plan.tokens)
+    assert 0 < report.token_delay_ms["p50"] <= report.token_delay_ms["max"]
+    assert await get(engine, "/counts") == {"requests": 9, "aborted": 0, "active": 0, "tokens": 9 * plan.tokens}
+
+
+async def test_tokens_do_not_come_before_their_time(engine: str) -> None:
+    report = await load.run(Plan(engine, tokens=6, gap_ms=20, warmup=0))
+    assert report.request_ms["p50"] >= 5 * 20 - 2
+
+
+async def test_the_engine_counts_readers_that_left(engine: str) -> None:
+    host, port = engine.removeprefix("http://").split(":")
+    _, connection = await asyncio.get_running_loop().create_connection(load.Connection, host, int(port))
+    first = asyncio.Event()
+    body = Ask("gone", 1000, gap_ms=50).body("mock")
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    asking = asyncio.ensure_future(connection.ask(head + body, lambda _: first.set()))
+    await asyncio.wait_for(first.wait(), 20)
+    connection.close()
+    with pytest.raises(ConnectionError):
+        await asking
+    counts = await until(lambda counts: counts["aborted"] == 1, engine)
+    assert counts["active"] == 0
+
+
+async def test_an_official_client_understands_the_engine(engine: str) -> None:
+    async with AsyncOpenAI(base_url=f"{engine}/v1", api_key="none") as client:
+        assert [model.id async for model in client.models.list()] == ["mock"]
+        stream = await client.chat.completions.create(
+            model="mock",
+            max_tokens=TOKENS,
+            messages=[{"role": "user", "content": "bench gap_ms=1 id=official"}],
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = [chunk async for chunk in stream]
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert [word.split(":")[0] for word in text.split()] == ["0", "1", "2", "3", "4"]
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == TOKENS
+
+
+async def test_what_is_no_request_is_refused(engine: str) -> None:
+    report = await load.run(Plan(f"{engine}/elsewhere", warmup=0))
+    assert report.failed == 1
+    assert "HTTP 404" in report.errors[0]
+
+
+# --- liars ---------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def liar(say: Callable[[str], Iterable[bytes]]) -> AsyncIterator[str]:
+    """A server that answers every request with the SSE data lines of *say*, given the request's id, and closes."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        ask = Ask.read(await reader.readexactly(int(head.lower().split(b"content-length:")[1].split()[0])))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        writer.writelines(b"data: " + line + b"\n\n" for line in say(ask.ident))
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+def says(text: str, reason: str | None = None) -> bytes:
+    return orjson.dumps({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": reason}]})
+
+
+def usage(tokens: int = TOKENS) -> bytes:
+    return orjson.dumps({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": tokens}})
+
+
+def honest(ident: str) -> list[bytes]:
+    return [*(says(token(n, ident)) for n in range(TOKENS)), says("", "stop"), usage(), b"[DONE]"]
+
+
+def joined(ident: str) -> list[bytes]:
+    text = "".join(token(n, ident) for n in range(TOKENS))
+    return [says(text[:30]), says(text[30:], "stop"), usage(), b"[DONE]"]
+
+
+LIES: dict[str, tuple[Callable[[str], Iterable[bytes]], str]] = {
+    "drops": (lambda ident: [line for n, line in enumerate(honest(ident)) if n != 2], "where 2 was due"),
+    "drops-first": (lambda ident: honest(ident)[1:], "where 0 was due"),
+    "drops-last": (lambda ident: [line for n, line in enumerate(honest(ident)) if n != TOKENS - 1], "4 tokens of 5"),
+    "doubles": (lambda ident: [line for n, line in enumerate(honest(ident)) for _ in range(1 + (n == 2))], "where 3 was due"),
+    "swaps": (lambda ident: [honest(ident)[n] for n in (0, 2, 1, 3, 4, 5, 6, 7)], "where 1 was due"),
+    "confuses": (lambda ident: honest("somebody"), "somebody else's"),
+    "halves": (lambda ident: [*honest(ident)[:5], says("5:12"), *honest(ident)[5:]], "half a token"),
+    "never-finishes": (lambda ident: [*honest(ident)[:5], usage(), b"[DONE]"], "no finish_reason"),
+    "never-ends": (lambda ident: honest(ident)[:-1], "no [DONE]"),
+    "goes-on": (lambda ident: [*honest(ident), says("more")], "after [DONE]"),
+    "miscounts": (lambda ident: [*honest(ident)[:-2], usage(3), b"[DONE]"], "usage says 3"),
+    "hides-usage": (lambda ident: [*honest(ident)[:-2], b"[DONE]"], "usage says None"),
+    "fails": (lambda ident: [*honest(ident)[:2], b'{"error": {"message": "out of memory"}}', b"[DONE]"], "out of memory"),
+    "stammers": (lambda ident: [b"{", *honest(ident)], "not JSON"),
+}
+
+
+@pytest.mark.parametrize("say", [honest, joined])
+async def test_pieces_may_be_joined_and_cut(say: Callable[[str], Iterable[bytes]]) -> None:
+    async with liar(say) as url:
+        report = await load.run(Plan(url, requests=2, tokens=TOKENS))
+    assert report.errors == []
+
+
+@pytest.mark.parametrize("lie", LIES)
+async def test_a_lie_is_noticed(lie: str) -> None:
+    say, complaint = LIES[lie]
+    async with liar(say) as url:
+        report = await load.run(Plan(url, tokens=TOKENS, warmup=0))
+    assert report.failed == 1
+    assert any(complaint in error for error in report.errors), report.errors
+
+
+async def test_a_lie_in_the_warm_up_is_noticed() -> None:
+    async with liar(LIES["drops"][0]) as url:
+        report = await load.run(Plan(url, requests=0, tokens=TOKENS))
+    assert report.failed == 1
+
+
+async def test_an_answer_that_never_comes_is_noticed() -> None:
+    async def silent(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(20)
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    report = await load.run(Plan(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", warmup=0, timeout=0.1))
+    server.close()
+    assert "TimeoutError" in report.errors[0]
+
+
+# --- figures -------------------------------------------------------------------------------------------------
+
+
+def test_percentiles_are_values_that_were_seen() -> None:
+    assert load.percentiles([]) == {}
+    assert load.percentiles([int(n * 1e6) for n in range(1, 101)]) == {"p50": 50, "p95": 95, "p99": 99, "max": 100}
+    assert load.percentiles([7_000_000]) == {"p50": 7, "p95": 7, "p99": 7, "max": 7}
+
+
+def test_a_delay_is_from_engine_to_client() -> None:
+    transcript = Transcript(Ask("a", 2))
+    transcript.feed("0:100:a 1:", at=150)
+    transcript.feed("200 ", at=275)
+    assert transcript.delays_ns == [50, 75]
+    assert transcript.errors == []
+
+
+BURN = "import time\nwhile time.process_time() < 0.3: pass\n"
+
+
+def test_processes_that_have_ended_are_paid_by_their_parent() -> None:
+    parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {BURN!r}])\nprint('done', flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        tree = system.Tree(process.pid)
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert 0.25 < sum(tree.cpu().values()) < 5
+        assert 1 < sum(tree.rss().values()) < 200
+        tree.stop()
+
+
+def test_a_system_that_has_ended_has_no_processes() -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
+        tree = system.Tree(process.pid)
+        process.wait()
+        tree.stop()
+    assert tree.processes() == []
+
+
+def test_a_load_is_measured_from_outside() -> None:
+    scenario = next(each for each in scenarios.SCENARIOS if each.name == "json").quick()
+    with system.straight() as engine:
+        run = scenarios.run(scenario, engine)
+        assert engine.tree is not None
+        assert run.report.errors == []
+        assert run.cpu is not None
+        assert run.cpu.keys() == {"engine"}
+        assert 0 < run.cpu["engine"] < 60
+        left = engine.tree.processes()
+    assert not [process for process in left if process.is_running()]
+
+
+def test_what_is_added_is_told_from_the_engines_own() -> None:
+    straight = Figure("low", "straight", "first_token_p50", "ms")
+    ours, tail = Figure("low", "capibara", "first_token_p50", "ms"), Figure("low", "capibara", "first_token_p99", "ms")
+    added = scenarios.compare({straight: 1.0, ours: 4.0, tail: 9.0, Figure("paced", "capibara", "first_token_p50", "ms"): 5.0})
+    assert added == {ours._replace(metric="added_first_token_p50"): 3.0, tail._replace(metric="added_first_token_p99"): 8.0}
+
+
+def test_a_bar_is_held_against_the_median() -> None:
+    cpu, rss = Figure("paced", "capibara", "cpu_per_token", "us"), Figure("rss", "capibara", "rss", "MB")
+    verdicts = list(bench.bars({cpu: [100.0, 129.0, 900.0], rss: [240.0, 251.0, 260.0]}))
+    assert [("met" in verdict, "missed" in verdict) for verdict in verdicts] == [(True, False), (False, True)]
+
+
+def test_every_bar_is_a_figure_that_is_measured() -> None:
+    report = load.Report(1, 0, 1, 1.0, {"p50": 1, "p99": 1}, {"p50": 1, "p95": 1}, {"p50": 1})
+    run = Run(report, {"edge": 1.0}, {"edge": 1.0})
+    values = {
+        Figure(each.name, name, metric, unit): value
+        for each in scenarios.SCENARIOS
+        for name in ("straight", "capibara")
+        for metric, unit, value in each.figures(run)
+    }
+    assert scenarios.BARS.keys() <= (values | scenarios.compare(values)).keys()
+
+
+def test_figures_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "figures.csv"
+    figure = Figure("paced", "capibara", "cpu_per_token", "us")
+    bench.record({figure: [3.0, 1.0, 2.0]}, path)
+    bench.record({figure: [4.0]}, path)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["median"], row["min"], row["max"], row["rounds"]) for row in rows] == [("2", "1", "3", "3"), ("4", "4", "4", "1")]
+    assert all(row["commit"] and row["python"] and row["cpu"] and row["aiohttp"] for row in rows)

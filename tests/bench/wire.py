@@ -1,0 +1,112 @@
+"""What mock engine and load generator agree on: how a request says its pace, and how a token proves itself.
+
+The pace stands in the text of the user's message, because that survives every proxy; the number of tokens is ``max_tokens``.
+A token is ``<index>:<CLOCK_MONOTONIC in ns when the engine sent it> ``, the first one also carries the id of its request. So a client on
+the same machine sees each token's way through the system, and a token lost, doubled, moved or led to somebody else is noticed.
+"""
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+_PACE = re.compile(r"bench gap_ms=([\d.]+) id=([\w-]+)")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: *tokens* tokens, *gap_ms* milliseconds apart (0: as fast as can be)."""
+
+    ident: str
+    tokens: int
+    gap_ms: float = 0
+    stream: bool = True
+    usage: bool = True
+
+    def body(self, model: str) -> bytes:
+        """The JSON body in OpenAI's chat dialect."""
+        content = f"bench gap_ms={self.gap_ms:g} id={self.ident}"
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self.tokens,
+            "stream": self.stream,
+        }
+        if self.stream and self.usage:
+            body["stream_options"] = {"include_usage": True}
+        return orjson.dumps(body)
+
+    @classmethod
+    def read(cls, body: bytes) -> "Ask":
+        """Parse a request body; raises ``ValueError`` when it is not a chat request. Whatever names no pace is answered at once."""
+        try:
+            raw = orjson.loads(body)
+            pace = _PACE.search(_text(raw["messages"][-1]["content"]))
+            return cls(
+                ident=pace[2] if pace else "anybody",
+                tokens=int(raw.get("max_tokens") or raw.get("max_completion_tokens") or 16),
+                gap_ms=float(pace[1]) if pace else 0,
+                stream=bool(raw.get("stream")),
+                usage=bool((raw.get("stream_options") or {}).get("include_usage")),
+            )
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a chat request: {error!r}") from error
+
+
+def _text(content: str | list[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def token(index: int, ident: str) -> str:
+    """The text of token *index*, sent now."""
+    return f"{index}:{time.monotonic_ns()}:{ident} " if index == 0 else f"{index}:{time.monotonic_ns()} "
+
+
+@dataclass
+class Transcript:
+    """What one client was told, in whatever pieces; knows at any time what is wrong with it."""
+
+    ask: Ask
+    count: int = 0
+    errors: list[str] = field(default_factory=list)
+    delays_ns: list[int] = field(default_factory=list)
+    finish: str | None = None
+    usage: int | None = None
+    done: bool = False
+    _rest: str = ""
+
+    def feed(self, text: str, at: int) -> None:
+        """Take *text* that arrived at *at* (CLOCK_MONOTONIC, ns)."""
+        *words, self._rest = (self._rest + text).split(" ")
+        for word in words:
+            self._take(word, at)
+
+    def _take(self, word: str, at: int) -> None:
+        index, _, rest = word.partition(":")
+        sent, _, ident = rest.partition(":")
+        if index != str(self.count):
+            self.complain(f"token {word!r} where {self.count} was due")
+        elif self.count == 0 and ident != self.ask.ident:
+            self.complain(f"the answer is somebody else's: {ident!r}")
+        if index.isdigit() and sent.isdigit():
+            self.count = int(index) + 1
+            self.delays_ns.append(at - int(sent))
+
+    def complain(self, what: str) -> None:
+        """Note an error."""
+        self.errors.append(f"{self.ask.ident}: {what}")
+
+    def close(self) -> None:
+        """The answer is over: complain about what is missing."""
+        if self._rest:
+            self.complain(f"it ends with half a token: {self._rest!r}")
+        if len(self.delays_ns) != self.ask.tokens:
+            self.complain(f"{len(self.delays_ns)} tokens of {self.ask.tokens}")
+        if self.finish is None:
+            self.complain("no finish_reason")
+        if self.ask.stream and not self.done:
+            self.complain("no [DONE]")
+        if (self.ask.usage or not self.ask.stream) and self.usage != self.ask.tokens:
+            self.complain(f"usage says {self.usage} tokens, not {self.ask.tokens}")

@@ -1,0 +1,304 @@
+"""The chat page in a real browser, in front of an edge with a scripted engine.
+
+All that these tests ask of the edge behind ``page_url`` is what its engine recites: "cuenta hasta N" counts slowly,
+"markdown" is a structured answer, "falla" breaks in mid-answer, "xss" attacks, "piensa" reasons first.
+"""
+
+import re
+import shutil
+from collections.abc import AsyncIterator
+
+import pytest
+from playwright.async_api import BrowserContext, ConsoleMessage, Locator, Page, async_playwright, expect
+
+from tests.e2e.page_server import StandIn, Wire, serve
+
+pytestmark = pytest.mark.browser
+
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE_MS = 30_000
+COUNTED = " ".join(map(str, range(1, 31)))
+expect.set_options(timeout=PATIENCE_MS)
+
+
+@pytest.fixture
+def edge() -> StandIn:
+    return StandIn()
+
+
+@pytest.fixture
+async def page_url(edge: StandIn) -> AsyncIterator[str]:
+    """The base URL of an edge in front of a scripted engine."""
+    async with serve(edge.app()) as url:
+        yield url
+
+
+@pytest.fixture
+async def wire(page_url: str) -> Wire:
+    return Wire(page_url)
+
+
+@pytest.fixture
+async def wire_url(wire: Wire) -> AsyncIterator[str]:
+    async with wire.open() as url:
+        yield url
+
+
+@pytest.fixture
+async def context() -> AsyncIterator[BrowserContext]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium: apt-get update && apt-get install -y chromium")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        context = await browser.new_context(locale="es-ES")
+        context.set_default_timeout(PATIENCE_MS)
+        yield context
+        await browser.close()
+
+
+@pytest.fixture
+async def page(context: BrowserContext) -> AsyncIterator[Page]:
+    """A page in Spanish that must break neither its own content security policy nor itself."""
+    page = await context.new_page()
+    complaints: list[str] = []
+
+    def listen(message: ConsoleMessage) -> None:
+        if "Content Security Policy" in message.text:
+            complaints.append(message.text)
+
+    page.on("console", listen)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    yield page
+    assert complaints == []
+
+
+async def ask(page: Page, question: str) -> Locator:
+    """Ask, and return the answer's element."""
+    await page.get_by_role("textbox").fill(question)
+    await page.keyboard.press("Enter")
+    return page.get_by_role("article").last
+
+
+async def until(answer: Locator, status: str) -> None:
+    await expect(answer).to_have_attribute("data-status", status)
+
+
+async def words(answer: Locator) -> str:
+    return " ".join((await answer.locator(".text").inner_text()).split())
+
+
+async def test_streams_and_shows_model_route_times_and_tokens(page: Page, page_url: str) -> None:
+    await page.goto(page_url)
+    answer = await ask(page, "cuenta hasta 30")
+    await until(answer, "streaming")
+    await expect(answer.locator(".text")).to_contain_text("3 ")
+    assert await answer.get_attribute("aria-busy") == "true"
+    await until(answer, "done")
+    assert await words(answer) == COUNTED
+    await expect(answer.locator(".model")).to_have_text("eco")
+    await expect(answer.locator(".scripted")).to_have_text("guion")
+    await expect(answer.locator(".route")).to_have_text("ruta general")
+    await expect(answer.locator(".first")).to_have_text(re.compile(r"primer token [\d,.]+ (ms|s)"))
+    await expect(answer.locator(".total")).to_have_text(re.compile(r"total [\d,.]+ (ms|s)"))
+    await expect(answer.locator(".tokens")).to_have_text("30 tokens")
+    await expect(answer.locator(".finish")).to_have_text("completa")
+    await expect(page.get_by_role("status")).to_have_text("Respuesta completa")
+
+
+async def test_markdown_is_rendered_the_same_while_streaming_and_at_the_end(page: Page, page_url: str) -> None:
+    await page.goto(page_url)
+    answer = await ask(page, "markdown")
+    await until(answer, "done")
+    await expect(answer.locator("h2")).to_have_count(1)
+    await expect(answer.locator("ol > li")).to_have_count(3)
+    await expect(answer.locator("td[align=right]")).to_have_count(2)
+    await expect(answer.locator("pre code.language-python")).to_contain_text("def saluda")
+    same = """async () => {
+        const { GrowingMarkdown, render } = await import("/page/markdown.js");
+        const source = JSON.parse(sessionStorage.getItem("capibara.conversation")).turns[0].state.text;
+        const [grown, whole] = [document.createElement("div"), document.createElement("div")];
+        const growing = new GrowingMarkdown(grown);
+        for (const letter of source) growing.append(letter);
+        whole.append(render(source));
+        return [grown, whole].map((box) => box.innerHTML.replace(/\\s+/g, " ").replace(/> </g, "><").trim());
+    }"""
+    grown, whole = await page.evaluate(same)
+    assert grown == whole
+    assert "<table>" in whole
+
+
+async def test_stop(page: Page, page_url: str) -> None:
+    await page.goto(page_url)
+    answer = await ask(page, "cuenta hasta 500")
+    await expect(answer.locator(".text")).to_contain_text("4 ")
+    await page.get_by_role("button", name="Detener").click()
+    await until(answer, "stopped")
+    await expect(answer.locator(".finish")).to_have_text("detenida")
+    assert "500" not in await words(answer)
+    again = await ask(page, "¿y ahora?")
+    await until(again, "done")
+
+
+async def test_reload_in_mid_answer_goes_on(page: Page, page_url: str) -> None:
+    await page.goto(page_url)
+    answer = await ask(page, "cuenta hasta 30")
+    await expect(answer.locator(".text")).to_contain_text("7 ")
+    await page.reload()
+    answer = page.get_by_role("article")
+    await until(answer, "streaming")
+    await until(answer, "done")
+    assert await words(answer) == COUNTED
+    await expect(answer.locator(".first")).to_be_visible()
+    await page.reload()
+    await until(answer, "done")
+    assert await words(answer) == COUNTED
+
+
+@pytest.mark.parametrize("number", [11, 12])
+async def test_cut_in_mid_answer_resumes(page: Page, wire: Wire, wire_url: str, number: int) -> None:
+    """Cut inside a batch of two tokens and at its end: the first must not be shown twice."""
+    wire.hold_after(rf'"text":\s*"[^"]*\b{number} '.encode() + b"[^\n]*\n\n")
+    await page.goto(wire_url)
+    answer = await ask(page, "cuenta hasta 30")
+    await expect(answer.locator(".text")).to_contain_text(f"{number - 1} {number}")
+    wire.cut()
+    await until(answer, "done")
+    assert wire.cuts == 1
+    assert await words(answer) == COUNTED
+
+
+async def test_error_in_mid_answer_is_never_shown_as_a_finished_answer(page: Page, page_url: str, edge: StandIn) -> None:
+    await page.goto(page_url)
+    answer = await ask(page, "falla")
+    await until(answer, "failed")
+    await expect(answer.get_by_role("alert")).to_contain_text("La respuesta se interrumpió")
+    await expect(answer.get_by_role("alert")).to_contain_text("502")
+    await expect(answer.locator(".finish")).to_have_text("incompleta")
+    await expect(page.get_by_text("completa", exact=True)).to_have_count(0)
+    await until(await ask(page, "hola"), "done")
+    assert [message["content"] for message in edge.asked[-1]["messages"]] == ["hola"]
+
+
+async def test_refusal_is_shown_and_can_be_tried_again(page: Page, page_url: str) -> None:
+    await page.goto(page_url)
+    answer = await ask(page, "rechaza")
+    await until(answer, "failed")
+    await expect(answer.get_by_role("alert")).to_contain_text("hay demasiadas preguntas en espera (503)")
+    await answer.get_by_role("button", name="Preguntar otra vez").click()
+    await until(page.get_by_role("article"), "failed")
+    await expect(page.get_by_role("article")).to_have_count(1)
+
+
+async def test_connection_lost_for_good_is_an_error_and_can_be_taken_up_again(page: Page, wire: Wire, wire_url: str) -> None:
+    await page.clock.install()
+    await page.goto(wire_url)
+    answer = await ask(page, "cuenta hasta 30")
+    await expect(answer.locator(".text")).to_contain_text("5 ")
+    wire.broken = True
+    wire.cut()
+    await expect(answer.locator(".phase")).to_contain_text("Reconectando")
+    alert = answer.get_by_role("alert")
+    while not await alert.is_visible():
+        await page.clock.run_for(3000)
+    await until(answer, "failed")
+    await expect(alert).to_contain_text("Se perdió la conexión")
+    await expect(answer.locator(".finish")).to_have_text("incompleta")
+    wire.broken = False
+    await alert.get_by_role("button", name="Reconectar").click()
+    await until(answer, "done")
+    assert await words(answer) == COUNTED
+
+
+@pytest.mark.parametrize("bypass_csp", [False, True])
+async def test_hostile_answer_does_nothing(context: BrowserContext, page_url: str, bypass_csp: bool) -> None:
+    """Neither with the content security policy nor with the sanitizer alone."""
+    assert context.browser is not None
+    page = await (await context.browser.new_context(bypass_csp=bypass_csp)).new_page()
+    await page.goto(page_url)
+    answer = await ask(page, "xss")
+    await until(answer, "done")
+    await expect(answer.locator(".text")).to_contain_text("Fin del ataque")
+    assert await page.evaluate("window.pwned") is None
+    harm = """box => [...box.querySelectorAll("*")].filter(node =>
+        ["SCRIPT", "IMG", "SVG", "IFRAME", "STYLE", "FORM"].includes(node.tagName.toUpperCase())
+        || /^\\s*javascript:/i.test(node.getAttribute("href") ?? "")
+        || node.getAttributeNames().some(name => name.startsWith("on") || name === "style")
+        || node.classList.contains("problem")).map(node => node.outerHTML)"""
+    assert await answer.locator(".text").evaluate(harm) == []
+
+
+async def test_language_switch(page: Page, page_url: str) -> None:
+    await page.goto(page_url)
+    await expect(page.locator("html")).to_have_attribute("lang", "es")
+    answer = await ask(page, "hola")
+    await expect(answer.locator(".finish")).to_have_text("completa")
+    await page.get_by_role("button", name="English").click()
+    await expect(page.locator("html")).to_have_attribute("lang", "en")
+    await expect(answer.locator(".finish")).to_have_text("complete")
+    await expect(page.get_by_role("button", name="New conversation")).to_be_visible()
+    await page.reload()
+    await expect(page.get_by_role("textbox", name="Your question")).to_be_visible()
+
+
+async def test_conversation_travels_and_a_new_one_forgets(page: Page, page_url: str, edge: StandIn) -> None:
+    await page.goto(page_url)
+    await page.get_by_label("Modelo").select_option("phi4_fast")
+    await until(await ask(page, "uno"), "done")
+    await until(await ask(page, "dos"), "done")
+    said = [(message["role"], message["content"]) for message in edge.asked[-1]["messages"]]
+    assert said == [("user", "uno"), ("assistant", "Has dicho: uno"), ("user", "dos")]
+    assert edge.asked[-1]["model"] == "phi4_fast"
+    await expect(page.get_by_role("article").last.locator(".scripted")).to_have_count(0)
+    await page.get_by_role("button", name="Nueva conversación").click()
+    await expect(page.get_by_role("article")).to_have_count(0)
+    await until(await ask(page, "tres"), "done")
+    assert [message["content"] for message in edge.asked[-1]["messages"]] == ["tres"]
+
+
+async def test_enter_sends_and_shift_enter_breaks_the_line(page: Page, page_url: str, edge: StandIn) -> None:
+    await page.goto(page_url)
+    box = page.get_by_role("textbox")
+    await box.fill("uno")
+    await box.press("Shift+Enter")
+    await page.keyboard.type("dos")
+    assert edge.asked == []
+    await page.keyboard.press("Enter")
+    await until(page.get_by_role("article"), "done")
+    assert edge.asked[0]["messages"][0]["content"] == "uno\ndos"
+
+
+async def test_reasoning_is_folded_away(page: Page, page_url: str) -> None:
+    await page.goto(page_url)
+    answer = await ask(page, "piensa")
+    await until(answer, "done")
+    assert await words(answer) == "La respuesta es 42."
+    thought = answer.get_by_text("Primero pienso un poco.")
+    await expect(thought).to_be_hidden()
+    await answer.get_by_text("Razonamiento").click()
+    await expect(thought).to_be_visible()
+
+
+async def test_reset_throws_the_text_away(page: Page, page_url: str) -> None:
+    await page.goto(page_url)
+    answer = await ask(page, "reinicia")
+    await until(answer, "done")
+    assert await words(answer) == "ahora sí."
+
+
+async def test_fits_a_phone(page: Page, page_url: str) -> None:
+    await page.set_viewport_size({"width": 390, "height": 780})
+    await page.goto(page_url)
+    await until(await ask(page, "markdown"), "done")
+    assert await page.evaluate("document.documentElement.scrollWidth") == 390
+    assert await page.locator("main").evaluate("main => main.scrollWidth - main.clientWidth") == 0
+    await expect(page.get_by_role("button", name="Enviar")).to_be_in_viewport()

@@ -1,0 +1,539 @@
+"""The command line, against fakes that answer on real sockets."""
+
+import asyncio
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from capibara_flow import settings
+from capibara_flow.cli import fleets, state
+from capibara_flow.cli.app import app, expected
+from capibara_flow.cli.chat import EventReader, ServerEvent
+from capibara_flow.cli.children import RESTARTS, Child, back_off
+from capibara_flow.cli.doctor import browser, examine
+from capibara_flow.cli.fleets import Served
+from capibara_flow.cli.supervisor import Stopped, Supervisor, free_port, is_free, local_get
+from capibara_flow.cli.up import Wish, understood
+from capibara_flow.errors import EngineBusy
+from capibara_flow.runtime.embedded import CannotStart
+from tests.webserver import serving
+
+CAPIBARA = [sys.executable, "-m", "capibara_flow"]
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of the person who runs the tests, and no `up` of theirs, may be seen."""
+    for name in [each for each in os.environ if each.startswith("CAPIBARA_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CAPIBARA_STATE", str(tmp_path / "state"))
+
+
+def run(*words: str, **more):
+    return CliRunner().invoke(app, list(words), **more)
+
+
+def up(*words: str):
+    """`up` becomes another program: it needs a process of its own."""
+    return subprocess.run([*CAPIBARA, "up", *words], check=False, capture_output=True, text=True, timeout=60)
+
+
+def until(condition: Callable[[], object], seconds: float = 30):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+# --- shape -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", "up", "chat", "doctor", "edge", "worker", "engine scripted", "streams apply", "streams show"])
+def test_every_command_explains_itself(command):
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_version():
+    assert re.fullmatch(r"capibara \d+\.\d+\.\d+\n", run("--version").output)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nonsense"],
+        ["up", "--port", "70000"],
+        ["up", "--engine", "localhost:8080"],
+        ["up", "--engine", "http://x", "--fleet", "f.toml"],
+        ["up", "--log-level", "loud"],
+        ["engine", "scripted", "no-such-file.toml"],
+        ["worker"],
+    ],
+)
+def test_wrong_usage_exits_with_2(words):
+    assert run(*words).exit_code == 2
+
+
+def test_the_supervisor_loads_nothing_heavy():
+    program = (
+        "import sys; import capibara_flow.cli.up\n"
+        "print(*{'pydantic', 'typer', 'aiohttp', 'nats', 'hashlib', 'ssl', 'asyncio'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_expected_errors_have_words_and_bugs_have_none():
+    assert expected(EngineBusy("come later")) == "come later"
+    assert expected(settings.SettingsError("x is wrong")) == "x is wrong"
+    assert "capibara doctor" in (expected(ConnectionRefusedError("refused")) or "")
+    assert expected(KeyError("a bug")) is None
+
+
+def test_an_expected_error_is_one_line_and_exit_code_1(monkeypatch):
+    monkeypatch.setenv("CAPIBARA_EDGE__PORT", "many")
+    result = run("streams", "show")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: CAPIBARA_EDGE__PORT: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["apply", "show"])
+def test_streams_without_a_broker_say_so_at_once(monkeypatch, command):
+    monkeypatch.setenv("CAPIBARA_NATS__URL", f"nats://127.0.0.1:{free_port('127.0.0.1')}")
+    result = run("streams", command)
+    assert (result.exit_code, "no broker" in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["--no-local-model"], "--engine"),
+        (["--fleet", "no-such.toml"], "no-such.toml"),
+        (["--model", "no-such.gguf"], "no-such.gguf"),
+    ],
+)
+def test_up_says_what_is_missing_and_leaves_nothing(tmp_path, words, remedy):
+    result = up("--port", "0", "--state", str(tmp_path / "state"), *words)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert remedy in result.stderr
+    with (tmp_path / "state" / "nats" / "lock").open() as lock:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_up_on_a_taken_port_names_the_option(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        result = up("--port", str(server.getsockname()[1]), "--state", str(tmp_path / "state"))
+    assert (result.returncode, "--port" in result.stderr) == (1, True)
+
+
+@given(
+    st.builds(
+        Wish,
+        engines=st.lists(st.text()).map(tuple),
+        port=st.integers(0, 65535),
+        fleet=st.none() | st.just(Path("f.toml")),
+        ready_file=st.none() | st.just(Path("a b")),
+        local_model=st.booleans(),
+    )
+)
+def test_a_wish_survives_the_way_to_its_supervisor(wish):
+    assert understood(json.dumps(asdict(wish), default=str)) == wish
+
+
+# --- fleets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("/models/Qwen3-4B.Q4_K_M.gguf", "qwen3-4b-q4_k_m"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3-1-8b-instruct"),
+        ("phi4:mini", "phi4-mini"),
+        ("...", "engine"),
+        ("", "engine"),
+    ],
+)
+def test_names_of_experts(text, name):
+    assert fleets.expert_name(text) == name
+
+
+@given(st.lists(st.text(max_size=80), min_size=1, max_size=8))
+def test_any_models_make_a_fleet_that_can_be_read(tmp_path_factory, models):
+    path = tmp_path_factory.mktemp("fleet") / "fleet.toml"
+    served = fleets.uniquely_named(Served(each, "http://127.0.0.1:9/v1", each, scripted=True) for each in models)
+    fleets.write_private(path, fleets.fleet_toml(served))
+    fleet = settings.read_fleet(path)
+    assert [expert.model for expert in fleet.experts] == models
+    assert [expert.name for expert in fleet.experts] == [each.name for each in served] == [each.name for each in fleets.listed(path)]
+
+
+def test_a_fleet_file_is_for_our_eyes_only(tmp_path):
+    (tmp_path / "fleet.toml").write_text("old", encoding="utf-8")
+    fleets.write_private(tmp_path / "fleet.toml", "new")
+    assert (tmp_path / "fleet.toml").read_text(encoding="utf-8") == "new"
+    assert (tmp_path / "fleet.toml").stat().st_mode & 0o777 == 0o600
+
+
+def test_an_engine_is_asked_for_its_models_until_it_is_up():
+    answers = iter([ConnectionRefusedError(), {"data": []}, {"data": [{"id": "a"}, {"id": "b", "owned_by": "vllm"}]}])
+
+    def ask(url: str):
+        assert url == "http://x/v1/models"
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    found = fleets.models_at("http://x/v1/", 1, ask=ask, pause=lambda: None)
+    assert [(each.model, each.dialect) for each in found] == [("a", "openai"), ("b", "vllm")]
+
+
+@pytest.mark.parametrize("answer", [{}, [], {"data": None}, {"data": ["x"]}, "text"])
+def test_an_engine_without_a_list_becomes_one_expert(answer):
+    found = fleets.models_at("http://x", 3, ask=lambda _: answer, pause=lambda: None, patience_seconds=0)
+    assert found == [Served("engine-3", "http://x")]
+
+
+def test_weights_that_differ_are_refused(tmp_path):
+    (tmp_path / "w.gguf").write_bytes(b"something else")
+    with pytest.raises(CannotStart, match="SHA-256"):
+        fleets.verified(tmp_path / "w.gguf", fleets.WEIGHTS_SHA256)
+
+
+# --- children ----------------------------------------------------------------------------------------------------
+
+
+def child(tmp_path: Path, program: str) -> Child:
+    return Child("child", [sys.executable, "-c", program], {"FILE": str(tmp_path / "file")}, tmp_path / "child.log")
+
+
+def test_back_off_doubles_and_ends():
+    assert [back_off(failures) for failures in range(1, RESTARTS + 2)] == [0.5, 1, 2, 4, 8, None]
+
+
+def test_a_crashed_child_is_started_again_and_ended_in_the_end(tmp_path):
+    program = (
+        "import os, sys, time\nwith open(os.environ['FILE'], 'a') as f: n = f.tell(); f.write('x')\nif n: time.sleep(600)\nsys.exit(3)"
+    )
+    said: list[str] = []
+    kept = child(tmp_path, program)
+
+    def stop_when_restarted() -> None:
+        until(lambda: (tmp_path / "file").exists() and (tmp_path / "file").read_text(encoding="utf-8") == "xx")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop_when_restarted)
+    with Supervisor(said.append) as supervisor:
+        supervisor.start(kept)
+        watcher.start()
+        with pytest.raises(Stopped):
+            supervisor.watch()
+    watcher.join()
+    assert not kept.alive
+    assert [line.partition(" (")[0] for line in said] == ["child ended with exit code 3", "child runs again", "stopping ..."]
+
+
+def test_a_child_that_crashes_again_and_again_is_given_up(tmp_path):
+    failing = child(tmp_path, "raise SystemExit('no luck')")
+    failing.failures = RESTARTS
+    with Supervisor(lambda _: None) as supervisor:
+        supervisor.start(failing)
+        with pytest.raises(CannotStart, match=r"(?s)6 times in a row.*no luck"):
+            supervisor.watch()
+
+
+def test_a_child_that_dies_while_others_are_awaited_is_told_with_its_log(tmp_path):
+    with Supervisor(lambda _: None) as supervisor:
+        supervisor.start(child(tmp_path, "raise SystemExit('cannot')"))
+        with pytest.raises(CannotStart, match=r"(?s)exit code 1.*cannot"):
+            supervisor.until(lambda: False, 30, "nothing")
+
+
+def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(tmp_path):
+    program = (
+        "import os, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); open(os.environ['FILE'], 'w').write(f'{p.pid} ')\n"
+        "time.sleep(600)"
+    )
+    stubborn = child(tmp_path, program)
+    stubborn.start()
+    grandchild = int(until(lambda: (tmp_path / "file").exists() and (tmp_path / "file").read_text(encoding="utf-8")))
+    stubborn.stop(grace_seconds=0.2)
+    assert stubborn.code == -signal.SIGKILL
+    until(lambda: not Path(f"/proc/{grandchild}").exists() or ") Z " in Path(f"/proc/{grandchild}/stat").read_text(encoding="utf-8"))
+
+
+def test_a_failed_errand_is_told_with_its_log(tmp_path):
+    with Supervisor(lambda _: None) as supervisor:
+        supervisor.finish(child(tmp_path, "pass"), 30)
+        with pytest.raises(CannotStart, match="no luck"):
+            supervisor.finish(child(tmp_path, "raise SystemExit('no luck')"), 30)
+
+
+# --- doctor ------------------------------------------------------------------------------------------------------
+
+
+def findings() -> dict[str, str]:
+    found = examine()
+    assert all(each.remedy for each in found if each.verdict != "ok")
+    return {each.name: each.verdict for each in found}
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """Settings that point to where nobody is."""
+    monkeypatch.setenv("CAPIBARA_EDGE__PORT", str(free_port("127.0.0.1")))
+    monkeypatch.setenv("CAPIBARA_NATS__URL", f"nats://127.0.0.1:{free_port('127.0.0.1')}")
+
+
+def test_doctor_fails_when_the_broker_that_was_named_is_away(quiet):
+    assert findings()["broker"] == "fail"
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "CAPIBARA_NATS__URL" in result.output
+
+
+def test_doctor_tells_a_wrong_setting(monkeypatch):
+    monkeypatch.setenv("CAPIBARA_NATS__REPLICAS", "9")
+    assert findings()["settings"] == "fail"
+
+
+def test_doctor_finds_the_edges_port_free_or_taken(monkeypatch, quiet):
+    assert findings()["edge"] == "ok"
+    with serving({"/": lambda _: web.Response(text="something else")}) as url:
+        monkeypatch.setenv("CAPIBARA_EDGE__PORT", url.rpartition(":")[2])
+        assert findings()["edge"] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "verdict"), [({"ready": True}, 200, "ok"), ({"ready": False, "missing": {"x": "y"}}, 503, "warn")]
+)
+def test_doctor_asks_the_edge(monkeypatch, quiet, body, status, verdict):
+    with serving({"/ready": lambda _: web.json_response(body, status=status)}) as url:
+        monkeypatch.setenv("CAPIBARA_EDGE__PORT", url.rpartition(":")[2])
+        assert findings()["edge"] == verdict
+        assert local_get("127.0.0.1", int(url.rpartition(":")[2]), "/ready") == (status, json.dumps(body).encode())
+
+
+def test_doctor_asks_the_engines_of_the_fleet(monkeypatch, quiet, tmp_path):
+    with serving({"/v1/models": lambda _: web.json_response({"data": []})}) as up, serving({}) as lost:
+        gone = f"http://127.0.0.1:{free_port('127.0.0.1')}/v1"
+        served = [Served("up", f"{up}/v1"), Served("root", up), Served("lost", lost), Served("gone", gone)]
+        (tmp_path / "f.toml").write_text(fleets.fleet_toml(served), encoding="utf-8")
+        monkeypatch.setenv("CAPIBARA_FLEET__FILE", str(tmp_path / "f.toml"))
+        found = findings()
+    assert {name: found[f"engine {name}"] for name in ("up", "root", "lost", "gone")} == {
+        "up": "ok",
+        "root": "ok",
+        "lost": "warn",
+        "gone": "fail",
+    }
+
+
+def test_doctor_tells_a_broken_fleet(monkeypatch, quiet, tmp_path):
+    (tmp_path / "f.toml").write_text("experts = []", encoding="utf-8")
+    monkeypatch.setenv("CAPIBARA_FLEET__FILE", str(tmp_path / "f.toml"))
+    assert findings()["fleet"] == "fail"
+
+
+def test_a_missing_browser_is_no_failure():
+    assert (browser(lambda _: None).verdict, browser(lambda name: f"/bin/{name}").verdict) == ("warn", "ok")
+
+
+def test_a_running_up_is_found_and_a_dead_one_is_not(monkeypatch, tmp_path):
+    assert not state.adopt(tmp_path)
+    facts = {"pid": os.getpid(), "environment": {"CAPIBARA_NATS__URL": "nats://x:1"}}
+    (tmp_path / state.FILE).write_text(json.dumps(facts), encoding="utf-8")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert state.adopt(tmp_path)
+    assert os.environ["CAPIBARA_NATS__URL"] == "nats://x:1"
+    assert not state.adopt(tmp_path), "what the environment says goes first"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / state.FILE).write_text(json.dumps(facts | {"pid": ended.pid}), encoding="utf-8")
+    assert state.running(tmp_path) is None
+
+
+def test_a_port_is_free_until_somebody_listens():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert not is_free("127.0.0.1", port)
+    assert is_free("127.0.0.1", port)
+
+
+# --- chat --------------------------------------------------------------------------------------------------------
+
+
+def sse(name: str, number: int | None = None, **data) -> bytes:
+    head = f"id: {number}\n" if number else ""
+    return f"{head}event: {name}\ndata: {json.dumps({'turn': 'T1', **data})}\n\n".encode()
+
+
+class FakeEdge:
+    """Answers a turn with *parts*, one list of chunks a connection; at ``BREAK`` it hangs up, at ``HANG`` it waits."""
+
+    BREAK, HANG = b"BREAK", b"HANG"
+
+    def __init__(self, *parts: list[bytes]) -> None:
+        self._parts = iter(parts)
+        self.asked: list[dict] = []
+        self.keys: list[str | None] = []
+        self.resumed: list[tuple[str, str | None]] = []
+        self.cancelled: list[str] = []
+
+    @property
+    def routes(self) -> dict[str, Callable]:
+        return {"POST /api/chat": self.open, "GET /api/chat/{turn}/events": self.resume, "DELETE /api/chat/{turn}": self.cancel}
+
+    async def open(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(await request.json())
+        self.keys.append(request.headers.get("Authorization"))
+        return await self.answer(request)
+
+    async def resume(self, request: web.Request) -> web.StreamResponse:
+        self.resumed.append((request.match_info["turn"], request.headers.get("Last-Event-ID")))
+        return await self.answer(request)
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        self.cancelled.append(request.match_info["turn"])
+        return web.Response(status=202)
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for chunk in next(self._parts):
+            if chunk == self.BREAK:
+                request.transport.abort()
+            elif chunk == self.HANG:
+                await asyncio.sleep(600)
+            else:
+                await response.write(chunk)
+        return response
+
+
+ROUTED = sse("routed", 1, model_id="small", route_name="default")
+DONE = sse("done", 9, finish_reason="stop", model_id="small", timings={})
+
+
+def test_chat_shows_text_on_stdout_and_the_rest_on_stderr():
+    edge = FakeEdge(
+        [sse("turn"), ROUTED, sse("token", 2, text="Hola, "), sse("surprise", 3), sse("token", 4, text="mundo", reasoning="hm"), DONE]
+    )
+    with serving(edge.routes) as url:
+        result = run("chat", "hi", "--url", url, "--model", "small", "--key", "k1")
+    assert (result.exit_code, result.stdout) == (0, "Hola, mundo\n")
+    assert "small" in result.stderr
+    assert "hm" in result.stderr
+    assert edge.asked == [{"messages": [{"role": "user", "content": "hi"}], "model": "small"}]
+    assert edge.keys == ["Bearer k1"]
+
+
+def test_chat_reads_the_question_from_a_pipe():
+    edge = FakeEdge([sse("turn"), DONE])
+    with serving(edge.routes) as url:
+        assert run("chat", "--url", url, input="from a pipe\n").exit_code == 0
+    assert edge.asked[0]["messages"][0]["content"] == "from a pipe"
+    assert run("chat", input="").exit_code == 2
+
+
+@pytest.mark.parametrize("end", [FakeEdge.BREAK, b": the stream just ends\n\n"])
+def test_chat_resumes_after_the_last_whole_batch(end):
+    first = [sse("turn"), sse("token", 2, text="a"), sse("token", text="b"), end]
+    edge = FakeEdge(first, [sse("token", text="b"), sse("token", 3, text="c"), end], [sse("token", 4, text="d"), DONE])
+    with serving(edge.routes) as url:
+        result = run("chat", "hi", "--url", url)
+    assert (result.exit_code, result.stdout) == (0, "abcd\n")
+    assert edge.resumed == [("T1", "2"), ("T1", "3")]
+
+
+def test_chat_gives_up_when_nothing_can_be_resumed(monkeypatch):
+    monkeypatch.setattr("capibara_flow.cli.chat.RESUMES", 2)
+    edge = FakeEdge([sse("turn", 1), FakeEdge.BREAK], [FakeEdge.BREAK], [FakeEdge.BREAK], [FakeEdge.BREAK])
+    with serving(edge.routes) as url:
+        result = run("chat", "hi", "--url", url)
+    assert (result.exit_code, "could not be resumed" in result.stderr) == (1, True)
+
+
+def test_chat_ends_with_1_on_an_error_event():
+    edge = FakeEdge([sse("turn"), sse("token", 1, text="half"), sse("error", 2, title="engine broke", status=502, detail="it stalled")])
+    with serving(edge.routes) as url:
+        result = run("chat", "hi", "--url", url)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "half\n", "error: engine broke: it stalled\n")
+
+
+def test_chat_shows_a_reset():
+    edge = FakeEdge([sse("turn"), sse("token", 1, text="wrong"), sse("reset", 2, reason="again"), sse("token", 3, text="right"), DONE])
+    with serving(edge.routes) as url:
+        result = run("chat", "hi", "--url", url)
+    assert (result.stdout, "starts again: again" in result.stderr) == ("wrong\nright\n", True)
+
+
+def test_chat_tells_refusals():
+    details = {"title": "unauthorized", "detail": "no key", "status": 401}
+    with serving({"POST /api/chat": lambda _: web.json_response(details, status=401)}) as url:
+        result = run("chat", "hi", "--url", url)
+    assert (result.exit_code, result.stderr) == (1, "error: unauthorized: no key (give a key with --key or CAPIBARA_KEY)\n")
+    with serving({}) as url:
+        assert "404" in run("chat", "hi", "--url", url).stderr
+    nobody = run("chat", "hi", "--url", f"http://127.0.0.1:{free_port('127.0.0.1')}")
+    assert (nobody.exit_code, "capibara up" in nobody.stderr) == (1, True)
+
+
+def test_ctrl_c_cancels_the_turn():
+    edge = FakeEdge([sse("turn"), sse("token", 1, text="an endless"), FakeEdge.HANG])
+    with serving(edge.routes) as url:
+        asking = subprocess.Popen([*CAPIBARA, "chat", "hi", "--url", url], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert asking.stdout.read(10) == b"an endless"
+        asking.send_signal(signal.SIGINT)
+        _, errors = asking.communicate(timeout=30)
+    assert (asking.returncode, edge.cancelled) == (130, ["T1"])
+    assert b"Traceback" not in errors
+
+
+def test_a_conversation_is_kept_until_new():
+    answers = [[sse("turn"), sse("token", 1, text=f"answer {n}"), DONE] for n in range(3)]
+    edge = FakeEdge(*answers)
+    ours, theirs = pty.openpty()
+    with serving(edge.routes) as url:
+        talking = subprocess.Popen([*CAPIBARA, "chat", "--url", url], stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        os.close(theirs)
+        os.write(ours, b"one\ntwo\n/new\n/model big\nthree\n/exit\n")
+        out, _ = talking.communicate(timeout=30)
+        with suppress(OSError):
+            os.close(ours)
+    assert talking.returncode == 0
+    assert b"answer 2" in out
+    assert [[each["content"] for each in asked["messages"]] for asked in edge.asked] == [["one"], ["one", "answer 0", "two"], ["three"]]
+    assert [asked.get("model") for asked in edge.asked] == [None, None, "big"]
+
+
+@given(st.lists(st.integers(1, 200)))
+def test_events_are_read_however_the_bytes_are_cut(cuts):
+    wire = b': hello\r\n\r\nid: 7\r\nevent: token\r\ndata: {"text":\r\ndata: "\xc3\xb1"}\r\n\r\nevent:done\ndata:{}\n\nevent: lost\ndata: {'
+    reader, found, at = EventReader(), [], 0
+    for cut in [*cuts, len(wire)]:
+        found += reader.feed(wire[at : at + cut])
+        at += cut
+    assert found == [ServerEvent("token", {"text": "ñ"}, "7"), ServerEvent("done", {})]

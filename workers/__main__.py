@@ -1,0 +1,59 @@
+"""``python -m workers NAME...`` runs workers of these names in one process (``all``: every one there is)."""
+
+import asyncio
+import signal
+import sys
+from contextlib import AsyncExitStack
+from importlib import import_module
+
+import uvloop
+from nats.aio.client import Client
+from prometheus_client import start_http_server
+
+from capibara_flow import telemetry, wiring
+from capibara_flow.runtime import connection
+from capibara_flow.settings import Settings, SettingsError, load
+from topics.flow import FLOW
+
+NAMES = tuple(hop.worker for hop in FLOW)
+
+
+async def run(names: tuple[str, ...], settings: Settings) -> None:
+    """Run workers until SIGTERM or SIGINT, then let what is at work come to its end."""
+    stop = asyncio.Event()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(each, stop.set)
+    async with AsyncExitStack() as stack:
+        for name in names:
+            broker = connection.broker(settings, name)
+            client: Client = await broker.connect()
+            stack.push_async_callback(broker.stop)
+            needs = await stack.enter_async_context(wiring.worker_needs(name, settings, client))
+            await import_module(f"workers.{name}").build(broker, **needs).start()
+            # Leaving in reverse order: first the hands come to rest, then what they need is closed.
+            stack.push_async_callback(broker.stop)
+        telemetry.log.info("workers_ready", workers=names)
+        await stop.wait()
+        telemetry.log.info("workers_stopping", workers=names)
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    names = NAMES if sys.argv[1:] == ["all"] else tuple(sys.argv[1:])
+    if not names or not set(names) <= set(NAMES):
+        print(f"usage: python -m workers NAME...   one or more of: all, {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    try:
+        settings = load()
+        telemetry.configure(level=settings.log.level, style=settings.log.format)
+        if settings.worker.metrics_port is not None:
+            start_http_server(settings.worker.metrics_port, addr="127.0.0.1")
+        uvloop.run(run(names, settings))
+    except SettingsError as error:
+        print(f"capibara: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

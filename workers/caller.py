@@ -1,0 +1,67 @@
+"""CallExpert in; the expert's answer, word by word, and ExpertCalled out."""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+
+from faststream import FastStream
+from faststream.nats import NatsBroker
+
+from capibara_flow.domain.answering import Account, must_reset
+from capibara_flow.errors import UnknownExpert
+from capibara_flow.ports import Answers, ChatEngine
+from capibara_flow.runtime.hops import Stage, attempt
+from capibara_flow.telemetry import FIRST_TOKEN_SECONDS, TOKENS
+from topics.chat import CallExpert
+from topics.flow import hop
+from topics.output import Reset
+from topics.streams import Consumer
+
+HOP = hop("caller")
+
+
+def build(
+    broker: NatsBroker,
+    *,
+    engines: Mapping[str, ChatEngine],
+    answers: Answers,
+    consumers: Mapping[Consumer, int],
+    clock: Callable[[], float] = time.time,
+) -> FastStream:
+    """Wire the caller onto *broker*: *engines* by the expert's subject token, and permits by consumer."""
+    stage = Stage(broker, HOP, answers)
+
+    async def call(command: CallExpert) -> None:
+        if command.expert not in engines:
+            raise UnknownExpert(f"this caller does not serve {command.expert}")
+        account = Account(
+            turn=command.turn,
+            branch=command.branch,
+            expert=command.request.model or command.expert,
+            attempt=attempt(),
+            started=clock(),
+        )
+        async with answers.open(command.turn, command.branch) as answer:
+            if answer.said and answer.said[-1].final:
+                return
+            if must_reset(tuple(answer.said)):
+                await answer.write(Reset(turn=command.turn, reason="the answer starts anew after a fault"))
+            async with answer.until_cancelled(), aclosing(engines[command.expert].stream(command.request)) as pieces:
+                async for piece in pieces:
+                    if output := account.take(piece, clock()):
+                        await answer.write(output)
+            await answer.finish(account.usage, account.done(clock()))
+        await stage.say(account.event(clock()))
+        _measure(command.expert, account)
+
+    for consumer, permits in consumers.items():
+        call = stage.takes(consumer, permits=permits)(call)
+    return FastStream(broker)
+
+
+def _measure(expert: str, account: Account) -> None:
+    usage = account.usage
+    TOKENS.labels(expert, "in").inc(usage.prompt_tokens)
+    TOKENS.labels(expert, "out").inc(usage.completion_tokens)
+    if account.first_token_seconds is not None:
+        FIRST_TOKEN_SECONDS.labels(expert).observe(account.first_token_seconds)

@@ -66,15 +66,21 @@ class ChatEngine(Protocol):
     """
 
     @property
-    def abilities(self) -> Abilities: ...
+    def abilities(self) -> Abilities:
+        """What it can do."""
+        ...
 
-    def stream(self, request: ChatRequest) -> AsyncGenerator[Piece, None]: ...
+    def stream(self, request: ChatRequest) -> AsyncGenerator[Piece, None]:
+        """Answer *request*, piece by piece."""
+        ...
 
     async def health(self) -> None:
         """Return when the engine can answer; raise ``EngineUnreachable`` or ``EngineBusy`` otherwise."""
         ...
 
-    async def aclose(self) -> None: ...
+    async def aclose(self) -> None:
+        """Let its connections go."""
+        ...
 
 
 # --- the durable output of a turn ----------------------------------------------------------------------------

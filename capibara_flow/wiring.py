@@ -109,5 +109,3 @@ def run_edge(settings: Settings) -> None:
     """Serve the door until SIGTERM or SIGINT."""
     telemetry.configure(level=settings.log.level, style=settings.log.format)
     uvloop.run(_edge(settings))
-
-

@@ -56,7 +56,7 @@ def _reached() -> "Settings":
 class Group(TyperGroup):
     """Commands whose expected errors end with a line on standard error and exit code 1."""
 
-    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  click's own signature
+    def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)

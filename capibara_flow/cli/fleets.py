@@ -139,7 +139,7 @@ def _served(url: str, listed: dict[str, Any]) -> Served:
     return Served(str(listed["id"]), url, str(listed["id"]), _DIALECTS.get(owner, "openai"), scripted="script" in owner)
 
 
-def ask_json(url: str) -> Any:  # noqa: ANN401  JSON of a stranger
+def ask_json(url: str) -> Any:
     """The JSON at *url*; raises ``OSError`` or ``ValueError``."""
     import urllib.request  # noqa: PLC0415  brings TLS, 6 MB, which only a supervisor with foreign engines needs
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
-from capibara_flow.cli.children import RESTARTS, Child, back_off, ending
+from capibara_flow.cli.children import STEADY_SECONDS, Child, back_off, ending
 from capibara_flow.runtime.embedded import CannotStart, EmbeddedBroker, last_lines
 
 TICK_SECONDS = 0.1
@@ -31,6 +31,7 @@ class Supervisor:
         self._report = report
         self._signals = 0
         self._broker_crashes = 0
+        self._broker_started = 0.0
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -64,6 +65,7 @@ class Supervisor:
         """Start *broker*, which is ended last."""
         self.broker = broker
         broker.start()
+        self._broker_started = time.monotonic()
 
     def start(self, child: Child) -> None:
         """Start *child* and keep it."""
@@ -111,6 +113,7 @@ class Supervisor:
             )
         self._report(f"the broker died: starting it again at {self.broker.url}")
         self.broker.restart()
+        self._broker_started = time.monotonic()
         self.on_broker_restart()
 
     def _watch_child(self, child: Child, now: float) -> None:

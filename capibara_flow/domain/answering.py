@@ -45,9 +45,7 @@ class Account:
     def usage(self) -> Usage:
         """Tokens as the engine counted them; pieces stand in where it did not (a cancelled call, say)."""
         tally = self._tally or Tally(0, self._pieces)
-        return Usage(
-            turn=self._turn, prompt_tokens=tally.prompt_tokens, completion_tokens=tally.completion_tokens, attempts=self._attempt
-        )
+        return Usage(turn=self._turn, prompt_tokens=tally.prompt_tokens, completion_tokens=tally.completion_tokens, attempts=self._attempt)
 
     def done(self, now: float) -> Done:
         """The final event; a call that was stopped before it finished is ``cancelled``."""

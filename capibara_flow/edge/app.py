@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from capibara_flow import __version__
@@ -27,9 +28,7 @@ __all__ = ["Door", "build", "serve"]
 
 def build(door: Door) -> web.Application:
     """The application around *door*."""
-    app = web.Application(
-        middlewares=[_observed, _cors(frozenset(door.edge.origins)), _errors], client_max_size=door.edge.max_body_bytes
-    )
+    app = web.Application(middlewares=[_observed, _cors(frozenset(door.edge.origins)), _errors], client_max_size=door.edge.max_body_bytes)
     app.on_response_prepare.append(_add_cors)
     native, completions, house = NativeChat(door), Completions(door), _House(door)
     app.router.add_post("/api/chat", native.create)
@@ -97,7 +96,7 @@ async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse
         return respond(request, error.status, error.reason.lower(), detail, {k: v for k, v in error.headers.items() if k == "Allow"})
     except (ConnectionResetError, asyncio.CancelledError):
         raise  # the client has gone: there is nobody to tell
-    except Exception:  # the last resort before the client: it must be told something, and the log everything
+    except Exception:  # noqa: BLE001  the last resort before the client: it must be told something, and the log everything
         log.exception("request_failed", path=request.path)
         return respond(request, 500, "internal error", "something went wrong here; the log knows what")
 
@@ -110,7 +109,7 @@ async def _observed(request: web.Request, handler: _Handler) -> web.StreamRespon
     return response
 
 
-def _cors(origins: frozenset[str]) -> Callable[[web.Request, _Handler], Awaitable[web.StreamResponse]]:
+def _cors(origins: frozenset[str]) -> Middleware:
     """Let pages of the configured *origins* call us (Fetch standard, CORS protocol)."""
 
     @web.middleware

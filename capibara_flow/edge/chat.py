@@ -13,9 +13,10 @@ from capibara_flow.edge import sse
 from capibara_flow.edge.bodies import ChatBody
 from capibara_flow.edge.door import Door, collect
 from capibara_flow.edge.problems import as_failed, problem
-from capibara_flow.errors import BadRequest, TurnExpired
+from capibara_flow.errors import BadRequest, BrokerUnavailable, TurnExpired
 from capibara_flow.ports import Batch
 from capibara_flow.telemetry import TURNS
+from topics.output import Done
 
 
 class NativeChat:
@@ -78,7 +79,9 @@ class NativeChat:
             failed = collected.failed
             body = problem(failed.status, failed.title, failed.detail) | {"turn": turn, "retryable": failed.retryable}
             return web.json_response(body, status=failed.status, headers=headers, content_type="application/problem+json")
-        return web.json_response(_as_object(turn, collected), headers=headers)
+        if collected.done is None:
+            raise BrokerUnavailable("the output ended without its final event")
+        return web.json_response(_as_object(turn, collected, collected.done), headers=headers)
 
 
 def resume_point(request: web.Request) -> int:
@@ -89,14 +92,13 @@ def resume_point(request: web.Request) -> int:
     return int(given)
 
 
-def _as_object(turn: str, collected: Collected) -> dict[str, Any]:
-    assert collected.done
+def _as_object(turn: str, collected: Collected, done: Done) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "turn": turn,
-        "model_id": collected.done.model_id,
+        "model_id": done.model_id,
         "text": collected.text,
-        "finish_reason": collected.done.finish_reason,
-        "timings": collected.done.timings,
+        "finish_reason": done.finish_reason,
+        "timings": done.timings,
     }
     if collected.reasoning:
         answer["reasoning"] = collected.reasoning

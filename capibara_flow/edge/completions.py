@@ -13,7 +13,7 @@ from capibara_flow.edge import sse
 from capibara_flow.edge.bodies import CompletionBody
 from capibara_flow.edge.door import Door, collect
 from capibara_flow.edge.problems import openai_error
-from capibara_flow.errors import TurnExpired
+from capibara_flow.errors import BrokerUnavailable, TurnExpired
 from capibara_flow.ports import Batch
 from capibara_flow.telemetry import TURNS
 from topics.output import Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage, parse
@@ -73,11 +73,13 @@ class Completions:
         if collected.failed:
             failed = collected.failed
             return web.json_response(openai_error(failed.status, failed.title, failed.detail), status=failed.status, headers=headers)
-        if collected.done and collected.done.finish_reason == "cancelled":
+        if collected.done is None:
+            raise BrokerUnavailable("the output ended without its final event")
+        if collected.done.finish_reason == "cancelled":
             return web.json_response(openai_error(409, "cancelled", "the turn was cancelled"), status=409, headers=headers)
         if collected.routed:
             headers["X-Capibara-Route"] = collected.routed.route_name
-        return web.json_response(_completion(turn, collected), headers=headers)
+        return web.json_response(_completion(turn, collected, collected.done), headers=headers)
 
 
 class Chunks:
@@ -100,7 +102,7 @@ class Chunks:
         self._over = True
         return b"data: %s\n\n" % orjson.dumps(openai_error(status, title, detail))
 
-    def _event(self, output: Output) -> bytes:
+    def _event(self, output: Output) -> bytes:  # noqa: PLR0911  one return for each kind of event
         match output:
             case Token(text=text, reasoning=reasoning):
                 return self._delta(({"content": text} if text else {}) | ({"reasoning_content": reasoning} if reasoning else {}))
@@ -147,20 +149,19 @@ def _usage(usage: Usage | None) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _completion(turn: str, collected: Collected) -> dict[str, Any]:
-    assert collected.done
+def _completion(turn: str, collected: Collected, done: Done) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": collected.text, "refusal": None}
     if collected.reasoning:
         message["reasoning_content"] = collected.reasoning
     if collected.tool_calls:
         message["tool_calls"] = [call.model_dump() for call in collected.tool_calls]
         message["content"] = collected.text or None
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": collected.done.finish_reason}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": done.finish_reason}
     return {
         "id": PREFIX + turn,
         "object": "chat.completion",
         "created": int(created(turn)),
-        "model": collected.done.model_id,
+        "model": done.model_id,
         "choices": [choice],
         "usage": _usage(collected.usage),
     }

@@ -127,7 +127,7 @@ def rest_of(tokens: tuple[str, ...], prefix: str) -> tuple[int, tuple[str, ...]]
     return len(tokens), ()
 
 
-def _as_tuples(value: Any) -> Any:  # noqa: ANN401  TOML may hold anything
+def _as_tuples(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_as_tuples(each) for each in value)
     return {key: _as_tuples(each) for key, each in value.items()} if isinstance(value, dict) else value

@@ -102,7 +102,7 @@ def _file(text: str) -> Path:
     return path
 
 
-def _load(options: argparse.Namespace) -> Any:  # noqa: ANN401  the package has no types
+def _load(options: argparse.Namespace) -> Any:
     # OpenMP reads it when the library is loaded; threads that spin while they wait starve a busy machine.
     os.environ["OMP_WAIT_POLICY"] = "passive"
     import xllamacpp  # noqa: PLC0415  not before the environment is set, and only where an engine is wanted

@@ -94,7 +94,8 @@ class FencedAnswer:
         await self._publish()
 
     async def _publish(self) -> None:
-        assert self._flying is not None
+        if self._flying is None:
+            return
         self._since = self._hub.now()
         await self._hub.client.publish(self._subject, self._flying, reply=self._reply, headers=self._headers)
 
@@ -255,4 +256,3 @@ class FencedAnswers:
                     await answer.look_again()
                 except (NatsError, TimeoutError, BrokerUnavailable) as error:
                     log.warning("output_delayed", turn=answer.turn, error=repr(error))
-

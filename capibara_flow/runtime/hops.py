@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import stamina
-from faststream import AckPolicy, BaseMiddleware
+from faststream import AckPolicy, BaseMiddleware, ContextRepo
 from faststream.nats import JStream, NatsBroker, PullSub
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
@@ -64,17 +64,12 @@ class Stage:
         self._layout = layout or Layout()
         self._retry_seconds = retry_seconds
         self._consumers: dict[str, Consumer] = {}
-        stage = self
-
-        class Settle(_Settle):
-            """The middleware of this very stage."""
-
-            def __init__(self, message: Msg, /, **keywords: Any) -> None:
-                super().__init__(message, stage, **keywords)
-
-        broker.add_middleware(Settle)
+        broker.add_middleware(self._settling)
         for message in hop.speaks:
             broker.publisher(message.pattern, schema=message, title=message.__name__)
+
+    def _settling(self, message: Any, /, *, context: ContextRepo) -> "Settle":
+        return Settle(message, self, context=context)
 
     def takes(self, consumer: Consumer, *, permits: int) -> Callable[[Handler], Handler]:
         """Subscribe a handler of the hop's command to *consumer*, *permits* messages at once."""
@@ -126,9 +121,7 @@ class Stage:
         dead = TurnFailed(
             turn=turn, stage=self.hop.worker, title=error.title, detail=str(error), body=message.data.decode("utf-8", "replace")
         )
-        await self._broker.publish(
-            dead.model_dump_json().encode(), dead.subject, headers={"content-type": "application/json", **carried()}
-        )
+        await self._broker.publish(dead.model_dump_json().encode(), dead.subject, headers={"content-type": "application/json", **carried()})
 
     def consumer_of(self, message: Msg) -> Consumer:
         """The consumer that *message* came by."""
@@ -170,13 +163,13 @@ def _pump_instead(subscriber: Any, consumer: Consumer, permits: int, layout: Lay
     subscriber.stop = stop_pulling_first
 
 
-class _Settle(BaseMiddleware[Any, Msg]):
+class Settle(BaseMiddleware[Any, Any]):
     """Around every work message: a heartbeat while it is worked on, and one of ack, nak or term at the end."""
 
     __slots__ = ("_beat", "_stage", "_started")
 
-    def __init__(self, message: Msg, stage: Stage, /, **keywords: Any) -> None:
-        super().__init__(message, **keywords)
+    def __init__(self, message: Any, stage: Stage, /, *, context: ContextRepo) -> None:
+        super().__init__(message, context=context)
         self._stage = stage
 
     async def on_receive(self) -> None:

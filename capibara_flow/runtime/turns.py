@@ -194,4 +194,3 @@ class NatsTurns:
 
     def facts(self) -> dict[str, Any]:
         return {"turns_opened": self._opened, "streams_open": self._following, "connected": self._client.is_connected}
-

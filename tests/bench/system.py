@@ -21,7 +21,7 @@ _ROLES = {"up": "launcher", "tests.bench.mock": "engine"} | {
     word: word for word in ("edge", "router", "caller", "undertaker", "observer", "worker", "workers", "streams")
 }
 _CONCURRENCY = 64
-_READY_SECONDS, _STOP_SECONDS = 60, 20
+_READY_SECONDS, _STOP_SECONDS = 120, 20
 
 
 class DidNotStart(RuntimeError):

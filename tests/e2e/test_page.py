@@ -141,8 +141,11 @@ async def test_stop(page: Page, page_url: str) -> None:
     await page.goto(page_url)
     answer = await ask(page, "cuenta hasta 500")
     await expect(answer.locator(".text")).to_contain_text("4 ")
-    await page.get_by_role("button", name="Detener").click()
+    async with page.expect_response(lambda response: response.request.method == "DELETE") as deleted:
+        await page.get_by_role("button", name="Detener").click()
+    assert (await deleted.value).ok
     await until(answer, "stopped")
+    await expect(answer.locator(".tokens")).to_be_visible()  # the edge itself said the end, and what it took
     await expect(answer.locator(".finish")).to_have_text("detenida")
     assert "500" not in await words(answer)
     again = await ask(page, "¿y ahora?")

@@ -64,7 +64,7 @@ class Installation:
         client = await self._stack.enter_async_context(wiring.connected(self.settings, "edge"))
         door = Door(NatsTurns(client, wiring.consumers(self.settings)), self.settings.experts, self.settings.edge, self.settings.auth)
         server = TestServer(build(door), host="127.0.0.1")
-        await server.start_server(handler_cancellation=True, shutdown_timeout=0.1)
+        await server.start_server(shutdown_timeout=0.1)
         self._stack.push_async_callback(server.close)
         url = str(server.make_url("")).rstrip("/")
         await until_ready(url)

@@ -106,11 +106,10 @@ class Supervisor:
     def _watch_broker(self) -> None:
         if self.broker is None or self.broker.alive:
             return
-        self._broker_crashes += 1
+        lived, log = time.monotonic() - self._broker_started, self.broker.log
+        self._broker_crashes = 1 if lived > STEADY_SECONDS else self._broker_crashes + 1
         if back_off(self._broker_crashes) is None:
-            raise CannotStart(
-                f"the broker died {RESTARTS + 1} times; its log, {self.broker.log}, ends with:\n{last_lines(self.broker.log)}"
-            )
+            raise CannotStart(f"the broker died {self._broker_crashes} times in a row; its log, {log}, ends with:\n{last_lines(log)}")
         self._report(f"the broker died: starting it again at {self.broker.url}")
         self.broker.restart()
         self._broker_started = time.monotonic()

@@ -24,7 +24,8 @@ class FakeEngine(ABC):
 
     Faults: ``broken`` (the connection breaks), ``cut`` (the stream ends cleanly, too early), ``error`` (the dialect's error
     frame), ``proxy`` (a proxy's bare line, then a clean end), ``silent`` (nothing more comes), ``mute`` (not even headers),
-    ``headers`` (headers only), ``chatter`` (headers, then keep-alives for ever), ``bytes`` (each byte in a packet of its own). It *hangs_up* on so many requests without a word.
+    ``headers`` (headers only), ``chatter`` (headers, then keep-alives for ever), ``bytes`` (each byte in a packet of its
+    own), ``held`` (the body does not end before ``release`` is set). It *hangs_up* on so many requests without a word.
     """
 
     name: str
@@ -43,7 +44,7 @@ class FakeEngine(ABC):
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.aborts = 0
-        self.asked, self.aborted = asyncio.Event(), asyncio.Event()
+        self.asked, self.aborted, self.release = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.connections: set[Any] = set()
         self.url = ""
         self._runner: web.AppRunner | None = None
@@ -107,6 +108,7 @@ class FakeEngine(ABC):
         self.connections.add(request.transport)
         if self.hangs_up:
             self.hangs_up -= 1
+            assert request.transport
             request.transport.close()
             return web.Response()
         if self.refuses:
@@ -134,6 +136,8 @@ class FakeEngine(ABC):
         else:
             for frame in self.closing():
                 await self._write(response, frame)
+        if self.fault == "held":
+            await self.release.wait()
         return response
 
     def _before(self, said: tuple[str, ...], *, last: bool) -> Iterator[bytes]:

@@ -160,6 +160,8 @@ async def test_keep_alives_are_no_tokens(dialect: type[FakeEngine]) -> None:
 
 
 async def test_a_slow_reader_is_not_a_silent_engine(fake: FakeEngine) -> None:
+    # In many packets, so that most of the answer still lies unread while the reader is away.
+    fake.fault = "bytes"
     pieces: list[Piece] = []
     async with engine_for(fake, timeouts={"between_tokens_seconds": 0.1}) as engine, aclosing(engine.stream(asking())) as stream:
         async for piece in stream:
@@ -195,6 +197,18 @@ async def test_a_connection_serves_one_answer_after_the_other(fake: FakeEngine) 
     async with engine_for(fake) as engine:
         for _ in range(3):
             await heard(engine, asking())
+    assert len(fake.connections) == 1
+
+
+async def test_an_answer_is_done_before_its_body_ends_and_the_connection_is_kept(fake: FakeEngine) -> None:
+    async with engine_for(fake) as engine:
+        for _ in range(3):
+            fake.fault = "held"
+            fake.release.clear()
+            async with aclosing(engine.stream(asking())) as stream:
+                async for piece in stream:
+                    if isinstance(piece, Finish):
+                        fake.release.set()
     assert len(fake.connections) == 1
 
 

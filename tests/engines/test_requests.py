@@ -188,6 +188,10 @@ def test_what_is_not_an_answer_breaks_after_what_was_said(frame: bytes) -> None:
         reading.end()
 
 
+def test_nothing_counts_after_done() -> None:
+    assert read(OpenAIReading(), chunk("a", "stop"), b"[DONE]", chunk("b")) == [Text("a"), Finish("stop")]
+
+
 def test_an_error_after_the_finish_reason_is_an_error() -> None:
     with pytest.raises(EngineBroke, match="late"):
         read(OpenAIReading(), chunk("a", "stop"), {"error": {"message": "late"}})

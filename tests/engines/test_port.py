@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -210,6 +210,16 @@ async def test_an_answer_is_done_before_its_body_ends_and_the_connection_is_kept
                     if isinstance(piece, Finish):
                         fake.release.set()
     assert len(fake.connections) == 1
+
+
+async def test_a_token_count_that_never_comes_does_not_hold_the_answer_up() -> None:
+    class Forgetful(LlamaServer):
+        def closing(self) -> Iterator[bytes]:
+            yield self.chunk({}, "stop")
+
+    async with Forgetful() as fake, engine_for(fake, timeouts={"between_tokens_seconds": 0.1}) as engine, asyncio.timeout(30):
+        fake.fault = "held"
+        assert (await heard(engine, asking()))[-1] == Finish("stop")
 
 
 async def test_an_idle_connection_that_the_engine_gave_up_costs_nothing(fake: FakeEngine) -> None:

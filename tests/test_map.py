@@ -1,0 +1,117 @@
+"""What the map says is what there is: workers, streams, permissions, README and AsyncAPI are held against it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from topics.chat import CallExpert
+from topics.flow import DOOR, FLOW, Hop, mermaid
+from topics.message import Command, Message, Signal
+from topics.output import OUTPUTS, Output
+from topics.streams import Layout, caller_consumer, router_consumer, subject_token
+from workers.asyncapi import described
+
+ROOT = Path(__file__).parents[1]
+MESSAGES = {message for hop in FLOW for message in (hop.consumes, *hop.speaks)} | set(DOOR)
+
+
+def covers(pattern: str, subject: str) -> bool:
+    """Whether the NATS *pattern* matches everything that *subject* (which may have ``*`` itself) matches."""
+    wanted, given = pattern.split("."), subject.split(".")
+    for position, token in enumerate(wanted):
+        if token == ">":
+            return len(given) > position
+        if position >= len(given) or (token != "*" and token != given[position]):
+            return False
+    return len(wanted) == len(given)
+
+
+def permissions(role: str) -> tuple[set[str], set[str]]:
+    """What *role* may publish and subscribe to, by nats.conf."""
+    text = re.sub(r"#[^\n]*", "", (ROOT / "nats.conf").read_text(encoding="utf-8"))
+    user = re.search(rf"user: {role}\b(.*?)(?=user: |\Z)", text, re.DOTALL)
+    assert user, f"nats.conf has no user {role}"
+    found = re.search(r"publish \{ allow: \[(.*?)\].*?subscribe \{ allow: \[(.*?)\]", user[1], re.DOTALL)
+    assert found
+    publish, subscribe = (set(re.findall(r'"([^"]+)"', part)) for part in found.groups())
+    return publish, subscribe
+
+
+@pytest.mark.parametrize("hop", FLOW, ids=lambda hop: hop.worker)
+def test_a_worker_listens_and_speaks_exactly_as_the_map_says(hop: Hop):
+    document = described(hop.worker)
+    seen: dict[str, set[str]] = {"receive": set(), "send": set()}
+    for operation in document["operations"].values():
+        channel = operation["channel"]["$ref"].removeprefix("#/channels/").replace("%20", " ").replace("%7B", "{").replace("%7D", "}")
+        seen[operation["action"]].add((document["channels"][channel]["address"], channel.split(" ")[0]))
+    assert seen["receive"] == {(hop.consumes.pattern, hop.consumes.__name__)}
+    assert seen["send"] == {(message.pattern, message.__name__) for message in hop.speaks}
+
+
+def test_the_readme_draws_the_map():
+    assert mermaid() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_asyncapi_is_the_one_of_today():
+    written = yaml.safe_load((ROOT / "deploy" / "asyncapi.yaml").read_text(encoding="utf-8"))
+    assert written == described(), "run `make asyncapi`"
+
+
+@pytest.mark.parametrize("message", sorted(MESSAGES, key=lambda each: each.__name__), ids=lambda each: each.__name__)
+def test_every_message_is_kept_by_exactly_one_stream(message: type[Message]):
+    keepers = [stream for stream in Layout().streams if any(covers(subject, message.subjects()) for subject in stream.subjects)]
+    assert len(keepers) == 1
+    assert (keepers[0].keeps == "work") == issubclass(message, Command)
+
+
+def test_every_command_has_one_taker_and_every_output_is_on_the_map():
+    takers = [hop.consumes for hop in FLOW]
+    assert len(takers) == len(set(takers))
+    commands = {message for message in MESSAGES if issubclass(message, Command)}
+    assert commands == set(takers)
+    assert {output for hop in FLOW for output in hop.shows} == set(OUTPUTS)
+    assert all(issubclass(message, Command | Signal) for message in DOOR)
+
+
+@pytest.mark.parametrize("hop", FLOW, ids=lambda hop: hop.worker)
+def test_a_worker_may_publish_what_the_map_lists_and_nothing_else(hop: Hop):
+    publish, subscribe = permissions(hop.worker)
+    ours = {subject for subject in publish if subject.startswith("cf.")}
+    assert ours == {message.subjects() for message in hop.speaks} | {"cf.out.*.lease.*"}
+    assert subscribe == {"cf.ctl.*.cancel", f"_INBOX_{hop.worker}.>"}
+    stream = router_consumer().stream if hop.worker == "router" else caller_consumer("x").stream
+    for subject in publish - ours:
+        assert subject.startswith(("$JS.ACK.", "$JS.API."))
+        assert stream in subject or subject.split(".")[-1] in {"CF_OUT", "CF_CTL"}
+        assert not re.search(r"DELETE|PURGE|UPDATE|SNAPSHOT|RESTORE", subject)
+
+
+def test_the_door_may_open_cancel_and_follow_turns_only():
+    publish, subscribe = permissions("edge")
+    assert {subject for subject in publish if subject.startswith("cf.")} == {message.subjects() for message in DOOR}
+    assert subscribe == {"cf.live.*.*", "_INBOX_edge.>"}
+
+
+def test_observers_change_nothing():
+    publish, subscribe = permissions("observer")
+    assert not {subject for subject in publish if subject.startswith("cf.")}
+    assert all(re.search(r"INFO|NAMES|LIST|GET", subject) for subject in publish)
+    assert subscribe == {"cf.>", "_INBOX_observer.>"}
+
+
+def test_every_stream_forgets():
+    for layout in (Layout(), Layout(log=False)):
+        assert all(0 < stream.max_age <= 24 * 3600 for stream in layout.streams)
+        assert all(stream.dedupe_window <= stream.max_age for stream in layout.streams)
+    assert "CF_LOG" not in {stream.name for stream in Layout(log=False).streams}
+
+
+def test_subjects_of_messages_fit_their_patterns():
+    for message in MESSAGES:
+        assert re.fullmatch(r"cf\.[a-z]+\.\{turn\}\.[a-z0-9_.{}]+", message.pattern)
+    assert all(output.pattern == Output.pattern for output in OUTPUTS)
+    consumer = caller_consumer("qwen2.5-coder:1.5b")
+    assert covers(CallExpert.subjects(), consumer.filter)
+    assert subject_token("qwen2.5-coder:1.5b") in consumer.durable

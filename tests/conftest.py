@@ -1,6 +1,7 @@
 """Fixtures that start the real thing: a broker on a free port, a scripted engine, workers and a door in this process."""
 
 import asyncio
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
@@ -21,6 +22,9 @@ from capibara_flow.runtime import connection
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.turns import NatsTurns
 from capibara_flow.settings import FleetSettings, NatsSettings, Settings
+
+# A shell without job control starts its background jobs with SIGINT ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).parent / "answers.toml"

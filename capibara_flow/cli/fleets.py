@@ -7,7 +7,7 @@ import re
 import time
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS_ALIAS = "smollm2-135m"
 LOCAL_CONCURRENCY = 2
+#: A model this small wanders off at an engine's usual 0.8.
+LOCAL_TEMPERATURE = 0.2
 _DIALECTS = {"llamacpp": "llama_server", "vllm": "vllm"}
 
 
@@ -29,12 +31,13 @@ class Served:
     model: str | None = None
     dialect: str = "openai"
     scripted: bool = False
-    concurrency: int = 4
+    concurrency: int = 64
+    temperature: float | None = None
 
 
 def local(alias: str, port: int) -> Served:
     """The model that our own engine serves on *port*."""
-    return Served(alias, f"http://127.0.0.1:{port}/v1", alias, "llama_server", concurrency=LOCAL_CONCURRENCY)
+    return Served(alias, f"http://127.0.0.1:{port}/v1", alias, "llama_server", concurrency=LOCAL_CONCURRENCY, temperature=LOCAL_TEMPERATURE)
 
 
 def listed(path: Path) -> list[Served]:
@@ -64,7 +67,7 @@ def uniquely_named(served: Iterable[Served]) -> list[Served]:
             count += 1
             name = f"{wanted}-{count}"
         taken.add(name)
-        result.append(Served(name, each.url, each.model, each.dialect, each.scripted, each.concurrency))
+        result.append(replace(each, name=name))
     return result
 
 
@@ -78,7 +81,10 @@ def _expert_toml(served: Served) -> str:
     lines = ["[[experts]]", f"name = {_quoted(served.name)}", f"dialect = {_quoted(served.dialect)}", f"urls = [{_quoted(served.url)}]"]
     if served.model is not None:
         lines.append(f"model = {_quoted(served.model)}")
-    lines += [f"scripted = {str(served.scripted).lower()}", f"concurrency = {served.concurrency}"]
+    # Who named an engine knows what it can do; what it cannot, it refuses itself.
+    lines += [f"scripted = {str(served.scripted).lower()}", f"concurrency = {served.concurrency}", "tools = true"]
+    if served.temperature is not None:
+        lines.append(f"sampling = {{ temperature = {served.temperature} }}")
     return "\n".join(lines) + "\n"
 
 

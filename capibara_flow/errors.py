@@ -13,6 +13,7 @@ Two questions decide every error's name: may we try again, and who must know?
     - UnknownExpert       nobody of that name serves here
     - TurnExpired         its deadline has passed
     - TurnUnknown         no such turn, or its output has aged out
+    - TooLarge            larger than the broker takes at once
     - QueueFull           the queue takes no more now
 """
 
@@ -89,6 +90,12 @@ class TurnUnknown(Terminal):
     """No such turn, or its output has aged out."""
 
     status = 404
+
+
+class TooLarge(Terminal):
+    """The request is larger than the broker takes at once."""
+
+    status = 413
 
 
 class QueueFull(Terminal):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import stamina
 from faststream import AckPolicy, BaseMiddleware, ContextRepo
+from faststream.message import StreamMessage
 from faststream.nats import JStream, NatsBroker, PullSub
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
@@ -20,8 +21,9 @@ from nats.js.api import ConsumerConfig
 from nats.js.errors import APIError, NoStreamResponseError
 from pydantic import ValidationError
 
-from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, LeaseLost, Terminal, Transient, TurnExpired
+from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, LeaseLost, Terminal, TooLarge, TurnExpired
 from capibara_flow.ports import Answers
+from capibara_flow.runtime.output import fits
 from capibara_flow.runtime.provision import ensure_consumer, ensure_stream
 from capibara_flow.runtime.pump import Pump
 from capibara_flow.telemetry import SETTLED, STAGE_SECONDS, log
@@ -78,6 +80,7 @@ class Stage:
             stream=JStream(consumer.stream, declare=False),
             durable=consumer.durable,
             pull_sub=PullSub(batch_size=permits),
+            decoder=self._understand,
             config=ConsumerConfig(ack_wait=consumer.ack_wait),
             ack_policy=AckPolicy.MANUAL,
             no_reply=True,
@@ -87,8 +90,16 @@ class Stage:
         _pump_instead(subscriber, consumer, permits, self._layout, self._broker.config.graceful_timeout or 0)
         return subscriber  # type: ignore[return-value]  # FastStream wraps the handler; callers use it as a decorator only
 
+    async def _understand(self, message: StreamMessage[Msg]) -> Command:
+        """The command that *message* carries; raises ``BadRequest``."""
+        try:
+            return self.hop.consumes.read(message.body)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise BadRequest(f"a message that cannot be understood: {error.error_count()} problems, first: {problem}") from error
+
     async def say(self, message: Message) -> None:
-        """Publish *message* once; commands and output are stored when this returns. Raises ``BrokerUnavailable``.
+        """Publish *message* once; commands and output are stored when this returns. Raises ``BrokerUnavailable`` or ``TooLarge``.
 
         Refuses (``TypeError``) what the map does not list for this hop.
         """
@@ -103,7 +114,10 @@ class Stage:
         await self._store(message.subject, body, headers)
 
     async def _store(self, subject: str, body: bytes, headers: dict[str, str]) -> None:
+        """Store a message; raises ``BrokerUnavailable``, and ``TooLarge``."""
         jetstream = self._broker.config.connection_state.stream
+        if not fits(self._broker.config.connection_state.connection, body):
+            raise TooLarge(f"{len(body)} bytes are more than the broker takes at once")
         try:
             async for retry in stamina.retry_context(on=(TimeoutError, NoStreamResponseError), attempts=5, timeout=15, wait_max=3):
                 with retry:
@@ -118,10 +132,14 @@ class Stage:
         async with self._answers.open(turn, "main") as answer:
             if not (answer.said and answer.said[-1].final):
                 await answer.finish(failed)
-        dead = TurnFailed(
-            turn=turn, stage=self.hop.worker, title=error.title, detail=str(error), body=message.data.decode("utf-8", "replace")
-        )
-        await self._broker.publish(dead.model_dump_json().encode(), dead.subject, headers={"content-type": "application/json", **carried()})
+        body = message.data.decode("utf-8", "replace")
+        dead = TurnFailed(turn=turn, stage=self.hop.worker, title=error.title, detail=str(error), body=body)
+        line = dead.model_dump_json().encode()
+        connection = self._broker.config.connection_state.connection
+        if not fits(connection, line):  # what just fitted as it was does not as a string inside JSON
+            line = dead.model_copy(update={"body": body[: connection.max_payload // 8]}).model_dump_json().encode()
+        headers = {"Nats-Msg-Id": f"{dead.dedupe}:{dead.stage}", "content-type": "application/json", **carried()}
+        await self._store(dead.subject, line, headers)
 
     def consumer_of(self, message: Msg) -> Consumer:
         """The consumer that *message* came by."""
@@ -179,8 +197,13 @@ class Settle(BaseMiddleware[Any, Any]):
         self._beat = asyncio.create_task(_heartbeat(self.msg, interval))
 
     async def consume_scope(self, call_next: Callable[[Any], Awaitable[Any]], msg: Any) -> Any:
+        if attempt() > self._stage.consumer_of(self.msg).max_deliver:
+            raise CapibaraError("nobody who tried came to an end")
         deadline = (self.msg.headers or {}).get(DEADLINE)
-        scope = asyncio.timeout(None if deadline is None else float(deadline) - time.time())
+        left = None if deadline is None else float(deadline) - time.time()
+        if left is not None and left <= 0:
+            raise TurnExpired("the turn's deadline passed before its work began")
+        scope = asyncio.timeout(left)
         try:
             async with scope:
                 return await call_next(msg)
@@ -217,6 +240,9 @@ class Settle(BaseMiddleware[Any, Any]):
             return "handed_over"
         final = _as_final(error, last=attempt() >= self._stage.consumer_of(self.msg).max_deliver)
         log.warning("work_failed", stage=self._stage.hop.worker, subject=self.msg.subject, error=repr(error), final=final is not None)
+        if isinstance(error, LeaseLost):
+            # Somebody else has this very message at work: if he falls silent it comes again by itself, but not for our asking.
+            return "overtaken"
         if final is None:
             await self.msg.nak(delay=self._stage.retry_seconds)
             return "again"
@@ -229,13 +255,11 @@ def _as_final(error: BaseException, *, last: bool) -> CapibaraError | None:
     """The error to end the turn with, or none when the message shall come again."""
     if isinstance(error, LeaseLost):
         return None  # whoever took the lease will end the turn
-    if isinstance(error, ValidationError):
-        return BadRequest(f"a message that cannot be understood: {error.error_count()} problems, first: {error.errors()[0]['msg']}")
     if isinstance(error, Terminal):
         return error
     if not last:
         return None
-    return error if isinstance(error, Transient) else CapibaraError("an unexpected fault; the log has the details")
+    return error if isinstance(error, CapibaraError) else CapibaraError("an unexpected fault; the log has the details")
 
 
 async def _heartbeat(message: Msg, interval: float) -> None:

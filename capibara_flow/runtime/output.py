@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,12 @@ from capibara_flow.errors import BrokerUnavailable
 OUT = "CF_OUT"
 _BATCH = 256
 _TIMEOUT = 5.0
+_HEADERS = 4096  # bytes, more than ours are
+
+
+def fits(client: Client, body: bytes) -> bool:
+    """Whether the broker takes *body* with our headers; whoever sends it more is not refused but disconnected."""
+    return len(body) + _HEADERS <= client.max_payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,7 @@ async def stored(client: Client, subject: str, after: int, stream: str = OUT) ->
     except (NatsError, TimeoutError) as error:
         raise BrokerUnavailable(f"{stream} does not answer: {error!r}") from error
     finally:
-        if client.is_connected:
+        with suppress(NatsError):  # the connection is closed already
             await subscription.unsubscribe()
     return found
 

@@ -47,7 +47,7 @@ def consumer_config(consumer: Consumer) -> ConsumerConfig:
         filter_subject=consumer.filter,
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=consumer.ack_wait,
-        max_deliver=consumer.max_deliver,
+        max_deliver=-1,  # a stage counts, and ends the turn beyond consumer.max_deliver; the broker would only fall silent
         max_ack_pending=consumer.max_ack_pending,
     )
 

@@ -41,8 +41,9 @@ class Pump:
         self._ensure = ensure
         self._permits = self._free = permits
         self._request = {"expires": int(expires * _NANO), "idle_heartbeat": int(heartbeat * _NANO)}
-        self._heartbeat = heartbeat
+        self._expires, self._heartbeat = expires, heartbeat
         self._asked = 0
+        self._even = 0.0
         self._inbox = ""
         self._running = False
         self._heard = 0.0
@@ -74,17 +75,18 @@ class Pump:
             await asyncio.gather(*late, return_exceptions=True)
 
     async def _hang_up(self) -> None:
-        """Without interest in its inbox the broker drops our standing request: nothing is handed to a closed door."""
-        if self._subscription and self._client.is_connected:
+        """Without interest in its inbox the broker drops our standing request; what came before it knew goes through ``_receive``."""
+        subscription, self._subscription = self._subscription, None
+        if subscription:
             with suppress(NatsError, TimeoutError):
-                await self._subscription.unsubscribe()
-                await self._client.flush()
-        self._subscription = None
+                await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py
 
     async def _ask(self) -> None:
         want = self._free - self._asked
         # Several small requests would each be answered with their own statuses: wait until half of the hands are free.
         if self._running and want > 0 and (self._asked == 0 or want * 2 >= self._permits):
+            if self._asked == 0:
+                self._even = self._now()
             self._asked += want
             await self._client.publish(self._api, json.dumps({"batch": want, **self._request}).encode(), reply=self._inbox)
 
@@ -93,7 +95,10 @@ class Pump:
         headers = message.headers or {}
         status = headers.get("Status")
         if status is None or message.reply.startswith("$JS.ACK"):
-            self._take(message)
+            if self._running:
+                self._take(message)
+            else:
+                await message.nak()  # it came to a closing door: somebody else may have it at once
         elif status == "408":  # the request expired: some of what we asked for did not come
             left = int(headers.get("Nats-Pending-Messages", 0) or 0)
             self._asked = max(0, self._asked - (left or self._asked))
@@ -102,8 +107,6 @@ class Pump:
             self._renew_soon()
 
     def _take(self, message: Msg) -> None:
-        if not self._running:
-            return
         self._asked = max(0, self._asked - 1)
         self._free -= 1
         job = asyncio.create_task(self._work(message))
@@ -116,7 +119,8 @@ class Pump:
         finally:
             self._free += 1
             if self._client.is_connected:
-                await self._ask()
+                with suppress(NatsError):  # the watchdog sees that nobody asks
+                    await self._ask()
 
     def _renew_soon(self) -> None:
         if self._running and (self._renewal is None or self._renewal.done()):
@@ -143,10 +147,18 @@ class Pump:
                 return
 
     async def _watch(self) -> None:
-        """Heartbeats stop when the broker restarted or forgot the request: then start over."""
+        """Start over when requests got lost.
+
+        That is so after a reconnect, when nothing is heard although hands are free, and, should only some of several be lost (with the
+        leader of a cluster, say), when what we asked for neither came nor expired.
+        """
+        reconnects = self._client.stats["reconnects"]
         while True:
             await asyncio.sleep(self._heartbeat / 2)
-            if self._asked and self._now() - self._heard > 2.5 * self._heartbeat:
+            now, before, reconnects = self._now(), reconnects, self._client.stats["reconnects"]
+            silent = self._free and now - self._heard > 2.5 * self._heartbeat
+            overdue = self._asked and now - self._even > 2 * self._expires
+            if silent or overdue or reconnects != before:
                 self._renew_soon()
 
     @staticmethod

@@ -11,9 +11,9 @@ from nats.errors import Error as NatsError
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from capibara_flow.domain.reading import Cursor, Verdict
-from capibara_flow.errors import BrokerUnavailable, QueueFull
+from capibara_flow.errors import BrokerUnavailable, QueueFull, TooLarge
 from capibara_flow.ports import Batch, Identity
-from capibara_flow.runtime.output import last_message, stored
+from capibara_flow.runtime.output import fits, last_message, stored
 from capibara_flow.telemetry import log
 from topics.chat import CancelTurn, RouteTurn
 from topics.message import DEADLINE, PRINCIPAL, TENANT, Message
@@ -153,6 +153,8 @@ class NatsTurns:
             DEADLINE: f"{deadline:.3f}",
         }
         body = message.model_dump_json(exclude_none=True).encode()
+        if not fits(self._client, body):
+            raise TooLarge(f"{len(body)} bytes are more than the broker takes at once")
         try:
             # The same id again is stored once, so asking again is safe while a leader is being elected.
             async for attempt in stamina.retry_context(on=(TimeoutError, NoStreamResponseError), attempts=5, timeout=15, wait_max=3):

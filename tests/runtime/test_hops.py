@@ -1,0 +1,367 @@
+"""What becomes of a work message: on a real broker, with the roles of nats.conf."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+from faststream.nats.subscriber.usecases import PullStreamSubscriber
+
+from capibara_flow.errors import BadRequest, EngineBusy, LeaseLost
+from capibara_flow.runtime import connection
+from capibara_flow.runtime.hops import Stage, attempt, carried, tenant
+from capibara_flow.runtime.pump import Pump
+from tests.runtime.rig import QUESTION, Rig
+from tests.waiting import until
+from topics.chat import CallExpert, ChatRequest, RouteTurn, TurnFailed
+from topics.flow import hop
+from topics.message import DEADLINE, PRINCIPAL, TENANT, TRACE
+from topics.output import Failed, Output, Reset, Token
+from topics.streams import router_consumer
+
+Deed = Callable[[Stage, RouteTurn], Awaitable[None]]
+
+
+@dataclass
+class Work:
+    """A handler that does *deed*, and what it saw."""
+
+    deed: Deed
+    attempts: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    def build(self, stage: Stage) -> Callable[[RouteTurn], Awaitable[None]]:
+        async def handle(command: RouteTurn) -> None:
+            self.attempts.append(attempt())
+            self.times.append(time.monotonic())
+            await self.deed(stage, command)
+
+        return handle
+
+
+async def nothing(stage: Stage, command: RouteTurn) -> None:
+    """The work that is done at once."""
+
+
+def raising(error: Exception, *, until_attempt: int = 99) -> Deed:
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        if attempt() < until_attempt:
+            raise error
+
+    return deed
+
+
+async def outputs(rig: Rig, turn: str) -> list[Output]:
+    return [output for batch in await rig.said(turn) for output in batch]
+
+
+async def settled(rig: Rig) -> None:
+    """Wait until the queue is empty."""
+
+    async def empty() -> bool:
+        return await rig.waiting() == 0
+
+    await until(empty)
+
+
+async def test_success_acknowledges(rig: Rig):
+    work = Work(nothing)
+    async with rig.routing(work.build):
+        await rig.ask("T1")
+        await settled(rig)
+    assert work.attempts == [1]
+    assert await outputs(rig, "T1") == []
+    assert await rig.dead("T1") == []
+
+
+async def test_a_transient_error_brings_the_message_back_after_the_delay(rig: Rig):
+    work = Work(raising(EngineBusy("later"), until_attempt=3))
+    async with rig.routing(work.build, retry_seconds=0.3):
+        await rig.ask("T1")
+        await settled(rig)
+    assert work.attempts == [1, 2, 3]
+    assert all(later - earlier >= 0.29 for earlier, later in zip(work.times, work.times[1:], strict=False))
+    assert await outputs(rig, "T1") == []
+
+
+async def test_a_terminal_error_ends_the_turn(rig: Rig):
+    work = Work(raising(BadRequest("no such thing")))
+    async with rig.routing(work.build):
+        await rig.ask("T1", headers={TENANT: "acme"})
+        await settled(rig)
+    assert work.attempts == [1]
+    assert await outputs(rig, "T1") == [Failed(turn="T1", title="bad request", status=400, detail="no such thing")]
+    [dead] = map(TurnFailed.read, await rig.dead("T1"))
+    assert (dead.stage, dead.detail) == ("router", "no such thing")
+    assert RouteTurn.model_validate_json(dead.body).request == QUESTION
+
+
+NONSENSE = [b"{ no json", b"\xff\xfe", b"0", b'"text"', b"", b'{"turn": "T1"}', b'{"turn": "T1", "request": {}, "more": 1}', b"[]"]
+
+
+@pytest.mark.parametrize("body", NONSENSE)
+async def test_a_message_that_cannot_be_understood_ends_the_turn_and_never_reaches_the_handler(rig: Rig, body: bytes):
+    work = Work(nothing)
+    async with rig.routing(work.build):
+        await rig.ask("T1", body)
+        await settled(rig)
+    assert work.attempts == []
+    [failed] = await outputs(rig, "T1")
+    assert isinstance(failed, Failed)
+    assert (failed.status, failed.retryable) == (400, False)
+    assert len(await rig.dead("T1")) == 1
+
+
+async def test_an_unexpected_fault_is_tried_again_and_then_ends_the_turn(rig: Rig):
+    work = Work(raising(RuntimeError("secret detail")))
+    async with rig.routing(work.build, max_deliver=3, retry_seconds=0.05):
+        await rig.ask("T1")
+        await settled(rig)
+    assert work.attempts == [1, 2, 3]
+    [failed] = await outputs(rig, "T1")
+    assert isinstance(failed, Failed)
+    assert failed.status == 500
+    assert "secret" not in failed.detail
+
+
+async def test_a_fault_inside_a_handler_is_not_taken_for_a_bad_message(rig: Rig):
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        ChatRequest.model_validate({})
+
+    work = Work(deed)
+    async with rig.routing(work.build, max_deliver=2, retry_seconds=0.05):
+        await rig.ask("T1")
+        await settled(rig)
+    assert work.attempts == [1, 2]
+    assert [output.status for output in await outputs(rig, "T1") if isinstance(output, Failed)] == [500]
+
+
+async def test_the_last_transient_error_is_told_as_it_is(rig: Rig):
+    work = Work(raising(EngineBusy("all seats are taken")))
+    async with rig.routing(work.build, max_deliver=2, retry_seconds=0.05):
+        await rig.ask("T1")
+        await settled(rig)
+    assert await outputs(rig, "T1") == [Failed(turn="T1", title="engine busy", status=503, detail="all seats are taken", retryable=True)]
+
+
+async def test_a_message_that_kills_its_workers_ends_the_turn(rig: Rig):
+    # Whoever takes it dies without a word: to the broker that is silence for longer than ack_wait.
+    puller = await rig.client("router")
+    work = Work(nothing)
+    async with rig.routing(work.build, ack_wait=1, max_deliver=2):
+        pass
+    await rig.ask("T1")
+    subscription = await puller.jetstream().pull_subscribe_bind("router", "CF_WORK_ROUTER")
+    for _ in range(2):
+        await subscription.fetch(1, timeout=20)
+    async with rig.routing(work.build, ack_wait=1, max_deliver=2):
+        await settled(rig)
+    assert work.attempts == []
+    [failed] = await outputs(rig, "T1")
+    assert isinstance(failed, Failed)
+
+
+async def test_whoever_lost_the_lease_leaves_the_message_to_the_new_owner(rig: Rig):
+    work = Work(raising(LeaseLost("overtaken"), until_attempt=2))
+    async with rig.routing(work.build, ack_wait=2, retry_seconds=0.01):
+        await rig.ask("T1")
+        await settled(rig)
+    assert work.attempts == [1, 2]
+    assert work.times[1] - work.times[0] > 1.9  # not when it was lost, but when the new owner was silent for too long
+    assert await outputs(rig, "T1") == []
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+async def test_a_deadline_in_the_past_ends_the_turn(rig: Rig, blocks: bool):
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        if blocks:
+            await asyncio.sleep(60)
+
+    work = Work(deed)
+    async with rig.routing(work.build):
+        await rig.ask("T1", headers={DEADLINE: f"{time.time() - 1:.3f}"})
+        await settled(rig)
+    [failed] = await outputs(rig, "T1")
+    assert isinstance(failed, Failed)
+    assert failed.status == 504
+    assert work.attempts == []
+
+
+async def test_a_deadline_cuts_work_short(rig: Rig):
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        await asyncio.sleep(60)
+
+    work = Work(deed)
+    async with rig.routing(work.build):
+        await rig.ask("T1", headers={DEADLINE: f"{time.time() + 0.5:.3f}"})
+        await settled(rig)
+    assert work.attempts == [1]
+    [failed] = await outputs(rig, "T1")
+    assert isinstance(failed, Failed)
+    assert failed.status == 504
+
+
+async def test_a_timeout_of_the_work_itself_is_no_deadline(rig: Rig):
+    work = Work(raising(TimeoutError("of something else"), until_attempt=2))
+    async with rig.routing(work.build):
+        await rig.ask("T1", headers={DEADLINE: f"{time.time() + 60:.3f}"})
+        await settled(rig)
+    assert work.attempts == [1, 2]
+
+
+async def test_work_that_outlasts_ack_wait_is_done_once(rig: Rig):
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        await asyncio.sleep(2.5)
+
+    work = Work(deed)
+    async with rig.routing(work.build, ack_wait=1):
+        await rig.ask("T1")
+        await settled(rig)
+    assert work.attempts == [1]
+
+
+async def test_say_refuses_what_the_map_does_not_list(rig: Rig):
+    refused = []
+
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        for message in (Token(turn=command.turn, text="a"), Reset(turn=command.turn, reason="b"), command):
+            try:
+                await stage.say(message)
+            except TypeError as error:
+                refused.append(str(error))
+
+    async with rig.routing(Work(deed).build):
+        await rig.ask("T1")
+        await settled(rig)
+    assert len(refused) == 3
+    assert "router may not say Token" in refused[0]
+
+
+async def test_the_next_hop_is_stored_once_though_the_handler_runs_twice(rig: Rig):
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        await stage.say(CallExpert(turn=command.turn, expert="phi", bucket=1, request=command.request))
+        if attempt() == 1:
+            raise EngineBusy("after the deed")
+
+    work = Work(deed)
+    async with rig.routing(work.build):
+        await rig.ask("T1")
+        await settled(rig)
+    assert work.attempts == [1, 2]
+    assert await rig.waiting("CF_WORK_CALL") == 1
+
+
+async def test_what_concerns_the_turn_is_carried_to_the_next_message(rig: Rig):
+    given = {TENANT: "acme", PRINCIPAL: "ana", DEADLINE: f"{time.time() + 60:.3f}", TRACE: "00-a-b-01"}
+    seen: dict[str, str] = {}
+
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        seen.update(carried(), tenant=tenant())
+        await stage.say(CallExpert(turn=command.turn, expert="phi", bucket=1, request=command.request))
+
+    async with rig.routing(Work(deed).build):
+        await rig.ask("T1", headers={**given, "other": "stays behind"})
+        await settled(rig)
+    assert seen == {**given, "tenant": "acme"}
+    message = await rig.admin.get_last_msg("CF_WORK_CALL", "cf.work.T1.call.phi.1")
+    headers = message.headers or {}
+    assert given.items() <= headers.items()
+    assert "other" not in headers
+    assert json.loads(message.data or b"")["request"]["messages"][0]["content"] == "hola"
+
+
+async def test_a_full_queue_behind_us_is_waited_for_and_then_told(rig: Rig):
+    info = await rig.admin.stream_info("CF_WORK_CALL")
+    info.config.max_msgs = 1
+    await rig.admin.update_stream(info.config)
+    await rig.call("T0")
+
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        await stage.say(CallExpert(turn=command.turn, expert="phi", bucket=1, request=command.request))
+
+    work = Work(deed)
+    async with rig.routing(work.build, max_deliver=2):
+        await rig.ask("T1")
+        await settled(rig)
+    assert work.attempts == [1, 2]
+    assert [output.status for output in await outputs(rig, "T1") if isinstance(output, Failed)] == [503]
+
+
+async def test_a_command_too_large_for_the_next_hop_ends_the_turn_without_harm_to_others(rig: Rig):
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        message = command.request.messages[0].model_copy(update={"content": "x" * (8 * 1024 * 1024 - 250)})
+        await stage.say(CallExpert(turn=command.turn, expert="phi", bucket=1, request=ChatRequest(messages=(message,))))
+
+    work = Work(deed)
+    async with rig.routing(work.build) as stage:
+        await rig.ask("T1")
+        await settled(rig)
+        assert stage._broker.config.connection_state.connection.stats["reconnects"] == 0
+    assert work.attempts == [1]
+    assert [output.status for output in await outputs(rig, "T1") if isinstance(output, Failed)] == [413]
+
+
+async def test_giving_up_a_large_message_works_too(rig: Rig):
+    work = Work(raising(BadRequest("too much")))
+    body = RouteTurn(turn="T1", request=ChatRequest(messages=(QUESTION.messages[0].model_copy(update={"content": "\x01" * 160_000}),)))
+    async with rig.routing(work.build):
+        await rig.ask("T1", body.model_dump_json().encode())
+        await settled(rig)
+    assert work.attempts == [1]
+    assert len(await outputs(rig, "T1")) == 1
+    assert len(await rig.dead("T1")) == 1
+
+
+async def test_stopping_hands_late_work_to_another_worker_at_once(rig: Rig):
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        if len(work.attempts) == 1:
+            await asyncio.sleep(600)
+
+    work = Work(deed)
+    async with rig.routing(work.build, ack_wait=60):
+        await rig.ask("T1")
+        await until(lambda: work.attempts)
+    async with rig.routing(work.build, ack_wait=60), asyncio.timeout(20):
+        await settled(rig)
+    assert work.attempts == [1, 2]
+
+
+async def test_stopping_lets_work_finish(rig: Rig):
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        await asyncio.sleep(0.5)
+
+    work = Work(deed)
+    async with rig.routing(work.build):
+        await rig.ask("T1")
+        await until(lambda: work.attempts)
+    await settled(rig)
+    assert work.attempts == [1]
+
+
+async def test_the_private_hooks_of_faststream_are_still_there(rig: Rig):
+    # Our pump takes the place of FastStream's own loop: when this fails, FastStream changed and `_pump_instead` must follow.
+    assert callable(PullStreamSubscriber._create_subscription)
+    broker = connection.broker(rig.settings, "router")
+    stage = Stage(broker, hop("router"), await rig.answers())
+
+    async def handle(command: RouteTurn) -> None:
+        pass
+
+    stage.takes(router_consumer(), permits=3)(handle)
+    [subscriber] = broker.subscribers
+    assert type(subscriber) is PullStreamSubscriber
+    assert (
+        subscriber._create_subscription.__func__ is not PullStreamSubscriber._create_subscription
+        if hasattr(subscriber._create_subscription, "__func__")
+        else True
+    )
+    await broker.start()
+    try:
+        assert isinstance(subscriber.subscription, Pump)
+        assert subscriber.running
+        assert not subscriber.tasks
+    finally:
+        await broker.stop()
+    assert subscriber.subscription is None

@@ -4,10 +4,11 @@ import json
 import tomllib
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+import pydantic_settings
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from capibara_flow.domain.fleet import Fleet
 
@@ -28,14 +29,23 @@ class NatsSettings(Group):
     replicas: int = Field(default=1, ge=1, le=5)
 
 
+def _listed(value: object) -> object:
+    """A list as people write it into an environment variable: JSON, or words between commas."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return [word.strip() for word in value.split(",") if word.strip()]
+
+
 class EdgeSettings(Group):
     """The door."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=5001, ge=0, le=65535)
-    origins: tuple[str, ...] = ("http://localhost:8000",)
-    max_body_bytes: int = 2 * 1024 * 1024
-    max_messages: int = 1000
+    origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)] = ("http://localhost:8000",)
+    max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
+    max_messages: int = Field(default=1000, ge=1)
     heartbeat_seconds: float = 15
     max_buffer_bytes: int = 1024 * 1024
     turn_seconds: float = Field(default=600, gt=0)
@@ -131,3 +141,6 @@ def load() -> Settings:
     except ValidationError as error:
         problems = "; ".join(f"CAPIBARA_{'__'.join(map(str, each['loc'])).upper()}: {each['msg']}" for each in error.errors())
         raise SettingsError(problems) from error
+    except pydantic_settings.SettingsError as error:
+        group = str(error).split('"')[1]
+        raise SettingsError(f"CAPIBARA_{group.upper()}, or one of its fields: not JSON, as lists and tables must be") from error

@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
@@ -27,12 +28,20 @@ _SECRET_VALUES = re.compile(r"(sk-[A-Za-z0-9_-]{6})[A-Za-z0-9_-]+|(://[^:/@\s]+:
 
 def redact(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Hide secrets by the name of their key, and inside values by their form."""
-    for key, value in event.items():
-        if _SECRET_KEYS.search(key):
-            event[key] = "***"
-        elif isinstance(value, str):
-            event[key] = _SECRET_VALUES.sub(lambda found: f"{found[1] or found[2] or found[3]}***", value)
+    event.update({key: _hidden(key, value) for key, value in event.items()})
     return event
+
+
+def _hidden(key: str, value: Any) -> Any:
+    if _SECRET_KEYS.search(key):
+        return "***"
+    if isinstance(value, str):
+        return _SECRET_VALUES.sub(lambda found: f"{found[1] or found[2] or found[3]}***", value)
+    if isinstance(value, Mapping):
+        return {name: _hidden(str(name), each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden("", each) for each in value]
+    return value
 
 
 def configure(*, level: str, style: str) -> None:

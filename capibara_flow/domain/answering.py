@@ -1,5 +1,7 @@
 """What an engine's pieces amount to: output events for the client, and an account of the call."""
 
+from collections.abc import Sequence
+
 from capibara_flow.ports import Finish, Piece, Tally, Text, ToolFragment
 from topics.chat import ExpertCalled
 from topics.output import Done, Output, Reset, Token, ToolCalled, Usage
@@ -8,9 +10,9 @@ from topics.output import Done, Output, Reset, Token, ToolCalled, Usage
 class Account:
     """One call of one expert, as it goes on; times are seconds since the epoch."""
 
-    def __init__(self, *, turn: str, branch: str, expert: str, attempt: int, started: float) -> None:
+    def __init__(self, *, turn: str, branch: str, expert: str, attempt: int, started: float, burnt: int = 0) -> None:
         self._turn, self._branch, self._expert = turn, branch, expert
-        self._attempt, self._started = attempt, started
+        self._attempt, self._started, self._burnt = attempt, started, burnt
         self._first: float | None = None
         self._pieces = 0
         self._tally: Tally | None = None
@@ -45,7 +47,13 @@ class Account:
     def usage(self) -> Usage:
         """Tokens as the engine counted them; pieces stand in where it did not (a cancelled call, say)."""
         tally = self._tally or Tally(0, self._pieces)
-        return Usage(turn=self._turn, prompt_tokens=tally.prompt_tokens, completion_tokens=tally.completion_tokens, attempts=self._attempt)
+        return Usage(
+            turn=self._turn,
+            prompt_tokens=tally.prompt_tokens,
+            completion_tokens=tally.completion_tokens,
+            burnt_tokens=self._burnt,
+            attempts=self._attempt,
+        )
 
     def done(self, now: float) -> Done:
         """The final event; a call that was stopped before it finished is ``cancelled``."""
@@ -71,7 +79,12 @@ class Account:
         )
 
 
-def must_reset(said: tuple[Output, ...]) -> bool:
+def burnt(said: Sequence[Output]) -> int:
+    """How many pieces earlier attempts made that a new start throws away."""
+    return sum(isinstance(output, Token | ToolCalled) for output in said)
+
+
+def must_reset(said: Sequence[Output]) -> bool:
     """Whether the client holds text of an earlier attempt that a new start must take back."""
     last_text = max((n for n, output in enumerate(said) if isinstance(output, Token | ToolCalled)), default=-1)
     last_reset = max((n for n, output in enumerate(said) if isinstance(output, Reset)), default=-1)

@@ -10,6 +10,8 @@ from topics.chat import Sampling
 from topics.message import Part
 from topics.streams import subject_token
 
+#: Model names that leave the choice to the router: no expert may bear them.
+AUTO = frozenset({"", "auto", "capibara"})
 Dialect = Literal["openai", "llama_server", "vllm", "llama_completion", "ollama"]
 
 
@@ -82,6 +84,8 @@ class Fleet(Part):
         known = Counter(name for expert in self.experts for name in {expert.name, *expert.aliases})
         if doubles := sorted(name for name, count in known.items() if count > 1):
             raise ValueError(f"the same name for several experts: {', '.join(doubles)}")
+        if reserved := sorted(name for name in known if name.lower() in AUTO):
+            raise ValueError(f"reserved for the router's own choice: {', '.join(map(repr, reserved))}")
         tokens = Counter(subject_token(expert.name) for expert in self.experts)
         if doubles := sorted(token for token, count in tokens.items() if count > 1):
             raise ValueError(f"names that differ only in punctuation: {', '.join(doubles)}")

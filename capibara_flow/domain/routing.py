@@ -1,12 +1,9 @@
 """Which expert answers: the one that was named, else the first rule that matches, else the default."""
 
-from capibara_flow.domain.fleet import Expert, Fleet
+from capibara_flow.domain.fleet import AUTO, Expert, Fleet
 from capibara_flow.errors import BadRequest, UnknownExpert
 from topics.chat import ChatRequest, Decision
 from topics.plan import Plan, Step
-
-#: Model names that leave the choice to the router.
-AUTO = frozenset({"", "auto", "capibara"})
 
 
 def wants(request: ChatRequest, fleet: Fleet) -> Expert | None:

@@ -21,18 +21,25 @@ from capibara_flow.telemetry import HTTP, log
 
 PAGE = Path(__file__).parent / "page"
 _CSP = "default-src 'self'; img-src 'self' data: https:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+    "Access-Control-Allow-Headers": "Content-Type, Authorization, Last-Event-ID, Idempotency-Key",
+    "Access-Control-Max-Age": "600",
+}
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_Sign = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
 __all__ = ["Door", "build", "serve"]
 
 
 def build(door: Door) -> web.Application:
     """The application around *door*."""
-    app = web.Application(middlewares=[_observed, _cors(frozenset(door.edge.origins)), _errors], client_max_size=door.edge.max_body_bytes)
-    app.on_response_prepare.append(_add_cors)
+    preflight, sign = _cors(frozenset(door.edge.origins))
+    app = web.Application(middlewares=[_observed, preflight, _errors], client_max_size=door.edge.max_body_bytes)
+    app.on_response_prepare.append(sign)
     native, completions, house = NativeChat(door), Completions(door), _House(door)
     app.router.add_post("/api/chat", native.create)
-    app.router.add_get("/api/chat/{turn}/events", native.events)
+    app.router.add_get("/api/chat/{turn}/events", native.events, allow_head=False)
     app.router.add_delete("/api/chat/{turn}", native.cancel)
     app.router.add_post("/v1/chat/completions", completions.create)
     app.router.add_get("/v1/models", completions.models)
@@ -88,6 +95,8 @@ async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse
         return await handler(request)
     except CapibaraError as error:
         headers = {"Retry-After": "2"} if error.retryable else {}
+        if error.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return respond(request, error.status, error.title, str(error), headers)
     except web.HTTPException as error:
         if error.status < 400:
@@ -109,28 +118,24 @@ async def _observed(request: web.Request, handler: _Handler) -> web.StreamRespon
     return response
 
 
-def _cors(origins: frozenset[str]) -> Middleware:
-    """Let pages of the configured *origins* call us (Fetch standard, CORS protocol)."""
+def _cors(origins: frozenset[str]) -> tuple[Middleware, _Sign]:
+    """Let pages of the configured *origins* call us (Fetch standard, CORS protocol): preflights answered, responses signed."""
 
     @web.middleware
-    async def cors(request: web.Request, handler: _Handler) -> web.StreamResponse:
-        origin = request.headers.get("Origin", "")
-        if origin not in origins:
-            return await handler(request)
-        allowed = {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Expose-Headers": "X-Capibara-Turn"}
-        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-            allowed["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
-            allowed["Access-Control-Allow-Headers"] = "Content-Type, Authorization, Last-Event-ID, Idempotency-Key"
-            allowed["Access-Control-Max-Age"] = "600"
-            return web.Response(status=204, headers=allowed)
-        request["cors"] = allowed
+    async def preflight(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        asks = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+        if asks and request.headers.get("Origin") in origins:
+            return web.Response(status=204, headers=_PREFLIGHT)
         return await handler(request)
 
-    return cors
+    async def sign(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["Vary"] = "Origin"
+        origin = request.headers.get("Origin")
+        if origin in origins:
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Expose-Headers"] = "X-Capibara-Turn, X-Capibara-Route"
 
-
-async def _add_cors(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers.update(request.get("cors", {}))
+    return preflight, sign
 
 
 async def serve(door: Door) -> None:

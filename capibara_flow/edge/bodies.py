@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from topics.chat import ChatMessage, ChatRequest, ContentPart, Sampling, ToolCall
+from topics.chat import ChatMessage, ChatRequest, FunctionCall, ImagePart, ImageUrl, Sampling, TextPart, ToolCall
 
 
 class ChatBody(BaseModel):
@@ -52,13 +52,40 @@ class _Tolerant(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+class OpenAIText(TextPart, extra="ignore"):
+    """Text, with whatever else a client hangs on it."""
+
+
+class OpenAIImageUrl(ImageUrl, extra="ignore"):
+    """The address of an image."""
+
+
+class OpenAIImage(ImagePart, extra="ignore"):
+    """An image."""
+
+    image_url: OpenAIImageUrl
+
+
+class OpenAIFunction(FunctionCall, extra="ignore"):
+    """What was called."""
+
+
+class OpenAICall(ToolCall, extra="ignore"):
+    """A tool call as a client collected it; streamed ones often keep their ``index``."""
+
+    function: OpenAIFunction
+
+
+OpenAIPart = Annotated[OpenAIText | OpenAIImage, Field(discriminator="type")]
+
+
 class OpenAIMessage(_Tolerant):
     """A message as OpenAI's clients send it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | tuple[ContentPart, ...] | None = None
+    content: str | tuple[OpenAIPart, ...] | None = None
     name: str | None = None
-    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_calls: tuple[OpenAICall, ...] | None = None
     tool_call_id: str | None = None
 
     def message(self) -> ChatMessage:
@@ -76,10 +103,6 @@ class StreamOptions(_Tolerant):
     """Options of a streamed completion."""
 
     include_usage: bool | None = False
-
-
-def _one_or_many(value: object) -> object:
-    return [value] if isinstance(value, str) else value or []
 
 
 class CompletionBody(_Tolerant):
@@ -101,7 +124,7 @@ class CompletionBody(_Tolerant):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(max_length=16)] = ()
+    stop: str | Annotated[tuple[str, ...], Field(max_length=16)] | None = None
     tools: tuple[dict[str, Any], ...] | None = None
     tool_choice: str | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
@@ -132,7 +155,7 @@ class CompletionBody(_Tolerant):
                 presence_penalty=self.presence_penalty,
                 frequency_penalty=self.frequency_penalty,
                 seed=self.seed,
-                stop=self.stop,
+                stop=(self.stop,) if isinstance(self.stop, str) else self.stop or (),
             ),
             tools=self.tools or (),
             tool_choice=self.tool_choice,

@@ -13,7 +13,7 @@ from capibara_flow.edge import sse
 from capibara_flow.edge.bodies import ChatBody
 from capibara_flow.edge.door import Door, collect
 from capibara_flow.edge.problems import as_failed, problem
-from capibara_flow.errors import BadRequest, BrokerUnavailable, TurnExpired
+from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, TurnExpired
 from capibara_flow.ports import Batch
 from capibara_flow.telemetry import TURNS
 from topics.output import Done
@@ -41,7 +41,9 @@ class NativeChat:
         """``GET /api/chat/{turn}/events``: go on after ``Last-Event-ID`` (or ``?after=``), on any edge."""
         turn = await self._door.known(request)
         after = resume_point(request)
-        return await self._stream(request, turn, self._door.turns.follow(turn, after), b"")
+        # From one before: if that event was the last one, the reader learns at once that nothing more will come.
+        batches = self._door.turns.follow(turn, max(0, after - 1))
+        return await self._stream(request, turn, batches, after=after)
 
     async def cancel(self, request: web.Request) -> web.Response:
         """``DELETE /api/chat/{turn}``: stop wherever it is; saying so twice is no error."""
@@ -50,7 +52,7 @@ class NativeChat:
         return web.json_response({"turn": turn, "cancelling": True}, status=202)
 
     async def _stream(
-        self, request: web.Request, turn: str, batches: AsyncIterator[Sequence[Batch]], greeting: bytes
+        self, request: web.Request, turn: str, batches: AsyncIterator[Sequence[Batch]], greeting: bytes = b"", after: int = 0
     ) -> web.StreamResponse:
         async with sse.opened(request, {"X-Capibara-Turn": turn}, self._door.edge.heartbeat_seconds) as stream:
             if greeting:
@@ -58,11 +60,11 @@ class NativeChat:
             outcome = "left"
             try:
                 async with asyncio.timeout(self._door.seconds_left(turn)):
-                    outcome = "ended" if await stream.copy(batches, sse.native) else "broken"
-            except TimeoutError:
-                outcome = "expired"
-                failed = as_failed(turn, TurnExpired("the turn did not end within its time"))
-                await stream.write(b"event: error\ndata: %s\n\n" % failed.line())
+                    outcome = "ended" if await stream.copy(batches, sse.native, after) else "broken"
+            except (TimeoutError, CapibaraError) as error:
+                problem = error if isinstance(error, CapibaraError) else TurnExpired("the turn did not end within its time")
+                outcome = "broken" if problem is error else "expired"
+                await stream.write(b"event: error\ndata: %s\n\n" % as_failed(turn, problem).line())
             finally:
                 TURNS.labels(outcome).inc()
         return stream.response

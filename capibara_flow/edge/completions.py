@@ -13,7 +13,7 @@ from capibara_flow.edge import sse
 from capibara_flow.edge.bodies import CompletionBody
 from capibara_flow.edge.door import Door, collect
 from capibara_flow.edge.problems import openai_error
-from capibara_flow.errors import BrokerUnavailable, TurnExpired
+from capibara_flow.errors import BrokerUnavailable, CapibaraError, TurnExpired
 from capibara_flow.ports import Batch
 from capibara_flow.telemetry import TURNS
 from topics.output import Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage, parse
@@ -55,9 +55,10 @@ class Completions:
             try:
                 async with asyncio.timeout(self._door.seconds_left(turn)):
                     outcome = "ended" if await stream.copy(batches, chunks.encode) else "broken"
-            except TimeoutError:
-                outcome = "expired"
-                await stream.write(chunks.error(504, "turn expired", "the turn did not end within its time"))
+            except (TimeoutError, CapibaraError) as error:
+                problem = error if isinstance(error, CapibaraError) else TurnExpired("the turn did not end within its time")
+                outcome = "broken" if problem is error else "expired"
+                await stream.write(chunks.error(problem.status, problem.title, str(problem)))
             finally:
                 TURNS.labels(outcome).inc()
         return stream.response

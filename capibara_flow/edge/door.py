@@ -38,7 +38,10 @@ class Door:
 
     async def read(self, request: web.Request, model: type[Body]) -> Body:
         """The request's body as *model*; raises ``BadRequest``, and 413 when it is too large."""
-        raw = await request.read()
+        try:
+            raw = await request.read()
+        except web.RequestPayloadError as error:
+            raise BadRequest("the body cannot be read: it ends too early or is not encoded as its headers say") from error
         if not raw.strip():
             raise BadRequest("the body is empty; send a JSON object")
         try:
@@ -71,14 +74,14 @@ class Door:
         identity = self.identify(request)
         if not is_turn_id(turn) or not belongs(turn, identity.tenant):
             raise TurnUnknown("there is no such turn")
-        young = time.time() - created(turn) < self.edge.turn_seconds
+        young = abs(time.time() - created(turn)) < self.edge.turn_seconds
         if not young and not await self.turns.exists(turn):
             raise TurnUnknown("there is no such turn, or its output is no longer kept")
         return turn
 
     def seconds_left(self, turn: str) -> float:
-        """How long *turn* may still go on, with some grace."""
-        return created(turn) + self.edge.turn_seconds + GRACE_SECONDS - time.time()
+        """How long *turn* may still go on, with some grace; that much remains to read an old one."""
+        return max(0.0, created(turn) + self.edge.turn_seconds - time.time()) + GRACE_SECONDS
 
 
 async def collect(batches: AsyncIterator[Sequence[Batch]]) -> Collected:

@@ -22,7 +22,7 @@ def identify(request: web.Request, auth: AuthSettings) -> Identity:
     scheme, _, presented = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer" and presented:
         for key in auth.keys:
-            if hmac.compare_digest(key.key.get_secret_value().encode(), presented.strip().encode()):
+            if hmac.compare_digest(key.key.get_secret_value().encode(), presented.strip().encode(errors="surrogateescape")):
                 return Identity(key.principal, key.tenant)
         # Official clients always send some key: where nobody has one, it says nothing.
         if auth.keys or not auth.anonymous:

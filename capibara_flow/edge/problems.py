@@ -40,5 +40,6 @@ def explained(error: ValidationError) -> BadRequest:
     problems = []
     for each in error.errors(include_url=False, include_input=False)[:5]:
         where = ".".join(str(part) for part in each["loc"])
-        problems.append(f"{where}: {each['msg']}" if where else str(each["msg"]))
+        said = each["msg"].removeprefix("Value error, ")
+        problems.append(f"{where}: {said}" if where else said)
     return BadRequest("; ".join(problems))

@@ -34,6 +34,10 @@ async def opened(request: web.Request, headers: dict[str, str], heartbeat: float
     with OPEN_STREAMS.track_inprogress():
         try:
             yield stream
+        except Exception:
+            # A second response inside the first would be read as part of it: cut the connection instead.
+            stream.cut()
+            raise
         finally:
             beat.cancel()
 
@@ -52,10 +56,11 @@ class Stream:
         await self.response.write(data)
         self._writing_since = None
 
-    async def copy(self, batches: AsyncIterator[Sequence[Batch]], encode: Encode) -> bool:
-        """Write everything to the final batch; whether it came."""
+    async def copy(self, batches: AsyncIterator[Sequence[Batch]], encode: Encode, after: int = 0) -> bool:
+        """Write everything behind sequence *after* to the final batch; whether it came."""
         async for arrived in batches:
-            await self.write(b"".join(map(encode, arrived)))
+            if fresh := [batch for batch in arrived if batch.sequence > after]:
+                await self.write(b"".join(map(encode, fresh)))
             if arrived[-1].final:
                 return True
         return False
@@ -65,6 +70,20 @@ class Stream:
         while True:
             await asyncio.sleep(seconds)
             if self._writing_since is None:
+                await self._say_alive()
+            elif asyncio.get_running_loop().time() - self._writing_since > _STALLED_SECONDS:
+                self.cut()
+
+    async def _say_alive(self) -> None:
+        try:
+            async with asyncio.timeout(_STALLED_SECONDS):
                 await self.response.write(b": heartbeat\n\n")
-            elif asyncio.get_running_loop().time() - self._writing_since > _STALLED_SECONDS and self._request.transport:
-                self._request.transport.abort()
+        except TimeoutError:
+            self.cut()
+        except ConnectionResetError:
+            return  # the client has gone: whoever writes next hears of it
+
+    def cut(self) -> None:
+        """Break the connection off: the client sees a stream without its end, and may resume."""
+        if self._request.transport:
+            self._request.transport.abort()

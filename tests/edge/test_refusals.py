@@ -1,0 +1,209 @@
+"""What the door refuses, in both dialects: the right status, the right shape, words that help, and nothing is published."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiohttp import ClientResponse, ClientSession
+
+from capibara_flow.settings import EdgeSettings
+from tests.edge.serving import ANSWER, client
+from tests.fakes import FakeTurns
+
+NATIVE, OPENAI = "/api/chat", "/v1/chat/completions"
+IMAGE = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]
+OPENAI_TYPES = {400: "invalid_request_error", 404: "not_found_error", 405: "invalid_request_error", 413: "invalid_request_error"}
+
+
+@pytest.fixture
+def turns() -> FakeTurns:
+    return FakeTurns(*ANSWER)
+
+
+@pytest.fixture
+async def session(turns: FakeTurns) -> AsyncIterator[ClientSession]:
+    async with client(turns, EdgeSettings(max_messages=3, max_body_bytes=20_000)) as session:
+        yield session
+
+
+async def refused(response: ClientResponse) -> tuple[int, str]:
+    """Status and words of an error in the shape of its dialect."""
+    body = await response.json(content_type=None)
+    if response.url.path.startswith("/v1/"):
+        assert response.content_type == "application/json"
+        assert set(body) == {"error"}
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        assert body["error"]["type"] == OPENAI_TYPES[response.status]
+        return response.status, body["error"]["message"]
+    assert response.content_type == "application/problem+json"
+    assert set(body) == {"type", "title", "status", "detail"}
+    assert body["status"] == response.status
+    return response.status, body["detail"]
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+Body = bytes | dict[str, Any]
+Case = tuple[str, Body, int, str]
+BOTH: list[tuple[Body, int, str]] = [
+    (b"", 400, "the body is empty"),
+    (b"  \n ", 400, "the body is empty"),
+    (b"{}", 400, "messages"),
+    (b"[]", 400, "object"),
+    (b"null", 400, "object"),
+    (b'"x"', 400, "object"),
+    (b"{", 400, "Invalid JSON"),
+    (b'{"messages": [}', 400, "Invalid JSON"),
+    (b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', 400, "Invalid JSON"),
+    (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "Invalid JSON"),
+    (b'{"messages": ' + b"[" * 2000 + b"]" * 2000 + b"}", 400, "recursion limit"),
+    ({"messages": []}, 400, "message"),
+    ({"messages": "hello"}, 400, "messages"),
+    ({"messages": [{"content": "x"}]}, 400, "role"),
+    ({"messages": [{"role": "king", "content": "x"}]}, 400, "role"),
+    ({"messages": [{"role": "user", "content": 1}]}, 400, "content"),
+    (user(""), 400, "empty"),
+    (user(" \n\t"), 400, "empty"),
+    (user(None), 400, "empty"),
+    (user([]), 400, "empty"),
+    (user([{"type": "audio"}]), 400, "type"),
+    (user([{"type": "image_url"}]), 400, "image_url"),
+    ({"messages": [{"role": "assistant", "content": "only me"}]}, 400, "empty"),
+    ({"messages": [{"role": "user", "content": "x"}] * 4}, 400, "4 messages are too many; the limit is 3"),
+    ({**user("x"), "model": 1}, 400, "model"),
+    ({**user("x"), "model": "gpt-4"}, 404, "no expert is called 'gpt-4'; there are: auto, plain, painter"),
+    ({**user("x"), "model": "retired"}, 404, "no expert is called 'retired'"),
+    ({**user(IMAGE), "model": "plain"}, 400, "plain does not take images"),
+    ({**user("x"), "stream": "yes"}, 400, "stream"),
+    ({**user("x"), "stream": 1}, 400, "stream"),
+    ({**user("x"), "tools": {}}, 400, "tools"),
+    ({**user("x"), "tools": ["x"]}, 400, "tools"),
+    (user("x" * 20_000), 413, "larger than 20000 bytes"),
+]
+NATIVE_ONLY: list[tuple[Body, int, str]] = [
+    ({"message": ""}, 400, "the message is empty"),
+    ({"message": 5}, 400, "message"),
+    ({"message": None}, 400, "give either 'message' or 'messages'"),
+    ({"message": "x", "messages": []}, 400, "give either 'message' or 'messages'"),
+    ({"message": "x", "colour": "red"}, 400, "colour: Extra inputs are not permitted"),
+    ({"message": "x", "sampling": {"temperature": 2.1}}, 400, "sampling.temperature"),
+    ({"message": "x", "sampling": {"temperature": "0.5"}}, 400, "sampling.temperature"),
+    ({"message": "x", "sampling": {"temprature": 0.5}}, 400, "sampling.temprature"),
+    ({"message": "x", "sampling": {"max_tokens": 0}}, 400, "sampling.max_tokens"),
+    (b'{"message": "x", "sampling": {"temperature": NaN}}', 400, "sampling.temperature"),
+]
+OPENAI_ONLY: list[tuple[Body, int, str]] = [
+    ({**user("x"), "temperature": -0.1}, 400, "temperature"),
+    ({**user("x"), "temperature": 3}, 400, "temperature"),
+    ({**user("x"), "top_p": 0}, 400, "top_p"),
+    ({**user("x"), "n": 2}, 400, "n: Input should be 1"),
+    ({**user("x"), "logprobs": True}, 400, "logprobs"),
+    ({**user("x"), "max_tokens": 0}, 400, "max_tokens"),
+    ({**user("x"), "max_tokens": 1.5}, 400, "max_tokens"),
+    ({**user("x"), "stop": ["x"] * 17}, 400, "stop"),
+    ({**user("x"), "stop": 5}, 400, "stop"),
+]
+CASES: list[Case] = [
+    *((path, *case) for path in (NATIVE, OPENAI) for case in BOTH),
+    *((NATIVE, *case) for case in NATIVE_ONLY),
+    *((OPENAI, *case) for case in OPENAI_ONLY),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]!s:.60}")
+async def test_a_bad_request_is_refused_with_words_that_help(session: ClientSession, turns: FakeTurns, case: Case) -> None:
+    path, body, status, words = case
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    async with session.post(path, data=data) as response:
+        got, said = await refused(response)
+    assert got == status, said
+    assert words in said
+    assert "Value error" not in said
+    assert turns.opened == []
+
+
+@pytest.mark.parametrize("path", [NATIVE, OPENAI])
+async def test_a_body_that_is_not_encoded_as_it_says_is_the_client_s_fault(session: ClientSession, path: str) -> None:
+    async with session.post(path, data=b"no deflate", headers={"Content-Encoding": "deflate"}) as response:
+        status, said = await refused(response)
+    assert (status, "cannot be read" in said) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", NATIVE, 405),
+        ("PUT", NATIVE, 405),
+        ("GET", OPENAI, 405),
+        ("DELETE", "/v1/models", 405),
+        ("OPTIONS", NATIVE, 405),
+        ("GET", "/nowhere", 404),
+        ("GET", "/v1/nowhere", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/page/../app.py", 404),
+        ("GET", "/page/%2e%2e/app.py", 404),
+    ],
+)
+async def test_paths_and_methods_that_are_not_there(session: ClientSession, method: str, path: str, status: int) -> None:
+    async with session.request(method, path) as response:
+        assert (await refused(response))[0] == status
+        assert ("Allow" in response.headers) == (status == 405)
+
+
+GOOD: list[tuple[str, Body]] = [
+    (NATIVE, {"message": "NUL \0, emoji \U0001f9ab, right-to-left \u202e, line \u2028"}),
+    (NATIVE, b'{"message": "\\ud83e\\uddab"}'),
+    (NATIVE, {"message": "x", "sampling": {"temperature": 0, "stop": ["a"]}, "model": "auto", "stream": False}),
+    (NATIVE, {**user(IMAGE)}),
+    (NATIVE, {**user("x"), "tools": [{"deep": json.loads("[" * 150 + "]" * 150)}]}),
+    (OPENAI, {**user("x"), "stop": "\n", "temperature": 1}),
+    (OPENAI, {**user("x"), "stop": ["a", "b"]}),
+    (OPENAI, {**user("x"), "stop": None, "n": None, "stream": None, "tools": None, "max_tokens": None, "logprobs": False}),
+    (OPENAI, {**user("x"), "user": "ann", "metadata": {}, "parallel_tool_calls": False, "unknown": [1]}),
+    (OPENAI, user([{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}])),
+    (
+        OPENAI,
+        {
+            "messages": [
+                {"role": "developer", "content": "be short"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "refusal": None,
+                    "tool_calls": [{"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": "{", "x": 1}}],
+                },
+                {"role": "tool", "tool_call_id": "a", "content": "rain"},
+            ]
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), GOOD, ids=lambda each: str(each)[:60])
+async def test_what_looks_odd_but_is_allowed(session: ClientSession, turns: FakeTurns, path: str, body: Body) -> None:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    async with session.post(path, data=data) as response:
+        assert response.status == 200, await response.text()
+        await response.read()
+    assert len(turns.opened) == 1
+
+
+async def test_words_arrive_as_they_were_sent(session: ClientSession, turns: FakeTurns) -> None:
+    words = 'NUL \0, emoji \U0001f9ab, \u202e, \u2028, \\, " and \x7f'
+    async with session.post(NATIVE, json={"message": words}) as response:
+        assert response.status == 200
+        await response.read()
+    assert turns.opened[0][0].request.question == words
+
+
+async def test_sampling_of_both_dialects_means_the_same(session: ClientSession, turns: FakeTurns) -> None:
+    native = {"temperature": 0.5, "max_tokens": 7, "repeat_penalty": 1.1, "stop": ["a"], "seed": 1, "top_k": 3}
+    async with session.post(NATIVE, json={"message": "x", "sampling": native}) as response:
+        await response.read()
+    theirs = {"temperature": 0.5, "max_completion_tokens": 7, "repetition_penalty": 1.1, "stop": "a", "seed": 1, "top_k": 3}
+    async with session.post(OPENAI, json={**user("x"), **theirs}) as response:
+        await response.read()
+    assert turns.opened[0][0].request == turns.opened[1][0].request

@@ -87,12 +87,13 @@ async def worker_needs(name: str, settings: Settings, client: Client) -> AsyncIt
     answers = FencedAnswers(client, f"{name}@{socket.gethostname()}:{os.getpid()}")
     await answers.start()
     engines = {subject_token(each.name): build_expert(each) for each in settings.experts.active} if name == "caller" else {}
+    common = {"answers": answers, "retry_seconds": settings.worker.retry_seconds}
     try:
         if name == "router":
             consumer = _tuned(router_consumer(), settings)
-            yield {"fleet": settings.experts, "answers": answers, "consumer": consumer, "permits": settings.worker.router_permits}
+            yield {"fleet": settings.experts, "consumer": consumer, "permits": settings.worker.router_permits, **common}
         else:
-            yield {"engines": engines, "answers": answers, "consumers": expert_consumers(settings)}
+            yield {"engines": engines, "consumers": expert_consumers(settings), **common}
     finally:
         await answers.stop()
         for engine in engines.values():

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from faststream import FastStream
 from faststream.nats import NatsBroker
 
-from capibara_flow.domain.answering import Account, must_reset
+from capibara_flow.domain.answering import Account, burnt, must_reset
 from capibara_flow.errors import UnknownExpert
 from capibara_flow.ports import Answers, ChatEngine
 from capibara_flow.runtime.hops import Stage, attempt
@@ -26,25 +26,27 @@ def build(
     engines: Mapping[str, ChatEngine],
     answers: Answers,
     consumers: Mapping[Consumer, int],
+    retry_seconds: float = 2.0,
     clock: Callable[[], float] = time.time,
 ) -> FastStream:
     """Wire the caller onto *broker*: *engines* by the expert's subject token, and permits by consumer."""
-    stage = Stage(broker, HOP, answers)
+    stage = Stage(broker, HOP, answers, retry_seconds=retry_seconds)
 
     async def call(command: CallExpert) -> None:
         if command.expert not in engines:
             raise UnknownExpert(f"this caller does not serve {command.expert}")
-        account = Account(
-            turn=command.turn,
-            branch=command.branch,
-            expert=command.request.model or command.expert,
-            attempt=attempt(),
-            started=clock(),
-        )
         async with answers.open(command.turn, command.branch) as answer:
             if answer.said and answer.said[-1].final:
                 return
-            if must_reset(tuple(answer.said)):
+            account = Account(
+                turn=command.turn,
+                branch=command.branch,
+                expert=command.request.model or command.expert,
+                attempt=attempt(),
+                started=clock(),
+                burnt=burnt(answer.said),
+            )
+            if must_reset(answer.said):
                 await answer.write(Reset(turn=command.turn, reason="the answer starts anew after a fault"))
             async with answer.until_cancelled(), aclosing(engines[command.expert].stream(command.request)) as pieces:
                 async for piece in pieces:

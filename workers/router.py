@@ -26,10 +26,11 @@ def build(
     answers: Answers,
     consumer: Consumer,
     permits: int = 32,
+    retry_seconds: float = 2.0,
     clock: Callable[[], float] = time.time,
 ) -> FastStream:
     """Wire the router onto *broker*: decide, tell the client and the log, send the turn on."""
-    stage = Stage(broker, HOP, answers)
+    stage = Stage(broker, HOP, answers, retry_seconds=retry_seconds)
 
     @stage.takes(consumer, permits=permits)
     async def route(command: RouteTurn) -> None:

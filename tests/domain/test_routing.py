@@ -1,0 +1,100 @@
+"""Routing: who is named is honoured, rules come next, and whoever cannot see gets no image."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capibara_flow.domain.fleet import AUTO, Fleet
+from capibara_flow.domain.routing import able, decide, plan, wants
+from capibara_flow.errors import BadRequest, UnknownExpert
+from topics.chat import ChatRequest
+
+PIXEL = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+FLEET = Fleet.model_validate(
+    {
+        "experts": [
+            {"name": "plain", "urls": ["http://h:1"], "aliases": ["simple"]},
+            {"name": "painter", "urls": ["http://h:2"], "modalities": ["text", "image"]},
+            {"name": "coder", "urls": ["http://h:3"]},
+            {"name": "retired", "urls": ["http://h:4"], "active": False},
+        ],
+        "rules": [
+            {"route": "old", "expert": "retired", "patterns": ["python"]},
+            {"route": "code", "expert": "coder", "patterns": [r"\bpython\b", r"\bloop\b"]},
+            {"route": "art", "expert": "painter", "patterns": ["paint", "loop"]},
+        ],
+    }
+)
+BLIND = Fleet.model_validate({"experts": [{"name": "plain", "urls": ["http://h:1"]}]})
+
+
+def request(text: str = "hello", model: str | None = None, *, image: bool = False) -> ChatRequest:
+    content: Any = [{"type": "text", "text": text}, PIXEL] if image else text
+    return ChatRequest.model_validate({"messages": [{"role": "user", "content": content}], "model": model})
+
+
+@pytest.mark.parametrize("model", ["plain", "simple"])
+def test_a_named_expert_is_honoured_whatever_the_rules_say(model: str) -> None:
+    decision = decide(request("a python loop to paint", model), FLEET)
+    assert (decision.model_id, decision.route_name, decision.confidence) == ("plain", "named", 1.0)
+
+
+@pytest.mark.parametrize("model", ["nobody", "retired", "Plain", " plain"])
+def test_an_unknown_name_is_answered_with_the_known_ones(model: str) -> None:
+    with pytest.raises(UnknownExpert) as caught:
+        decide(request(model=model), FLEET)
+    assert str(caught.value) == f"no expert is called {model!r}; there are: auto, plain, painter, coder"
+
+
+@pytest.mark.parametrize("model", [None, "", "auto", "AUTO", "Capibara"])
+def test_without_a_name_the_first_rule_that_matches_decides(model: str | None) -> None:
+    assert wants(request(model=model), FLEET) is None
+    assert decide(request("a PYTHON loop", model), FLEET).model_id == "coder"
+    assert decide(request("paint me", model), FLEET).route_name == "art"
+
+
+def test_what_no_rule_claims_goes_to_the_default() -> None:
+    decision = decide(request("pythonic"), FLEET)
+    assert (decision.model_id, decision.route_name) == ("plain", "default")
+
+
+def test_rules_look_at_the_last_user_message_only() -> None:
+    conversation = [("user", "python"), ("assistant", "loop"), ("user", "thanks"), ("assistant", "paint")]
+    asked = ChatRequest.model_validate({"messages": [{"role": role, "content": text} for role, text in conversation]})
+    assert decide(asked, FLEET).route_name == "default"
+
+
+def test_an_image_passes_over_rules_and_defaults_that_cannot_see() -> None:
+    assert decide(request("a python question", image=True), FLEET).model_id == "painter"
+    assert decide(request("a loop", image=True), FLEET).route_name == "art"
+
+
+def test_an_image_for_whoever_cannot_see_is_refused() -> None:
+    with pytest.raises(BadRequest, match="plain does not take images"):
+        decide(request(model="plain", image=True), FLEET)
+    with pytest.raises(BadRequest, match="no expert of this fleet takes images"):
+        decide(request(image=True), BLIND)
+
+
+def test_the_plan_calls_whoever_was_chosen() -> None:
+    steps = plan(decide(request(model="coder"), FLEET)).steps
+    assert [(step.stage, step.expert) for step in steps] == [("caller", "coder")]
+
+
+models = st.none() | st.text(max_size=20) | st.sampled_from(["plain", "simple", "painter", "coder", "retired", *AUTO])
+
+
+@given(st.text(), models, st.booleans(), st.sampled_from([FLEET, BLIND]))
+def test_routing_decides_or_refuses_and_nothing_else(text: str, model: str | None, image: bool, fleet: Fleet) -> None:
+    asked = request(text, model, image=image)
+    try:
+        decision = decide(asked, fleet)
+    except (BadRequest, UnknownExpert):
+        return
+    expert = fleet.find(decision.model_id)
+    assert expert is not None
+    assert able(asked, expert)
+    named = wants(asked, fleet)
+    assert named is None or named is expert

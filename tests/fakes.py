@@ -1,0 +1,172 @@
+"""Fakes of the ports: they remember what was asked of them, they can be slow, and they can fail."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from capibara_flow.errors import LeaseLost
+from capibara_flow.ports import Abilities, Batch, Finish, Identity, Piece, Tally, Text
+from topics.chat import ChatRequest, RouteTurn
+from topics.output import Output
+
+
+def spoken(*words: str, reason: str = "stop") -> tuple[Piece, ...]:
+    """A complete answer of *words*."""
+    return (*map(Text, words), Tally(3, len(words)), Finish(reason))
+
+
+@dataclass
+class FakeEngine:
+    """``ports.ChatEngine``: says *pieces*; raises *error* after *fails_after* of them, *times* times; falls silent after *hangs_after*."""
+
+    pieces: Sequence[Piece] = spoken("Hello", " there")
+    pause: float = 0.0
+    error: Exception | None = None
+    fails_after: int = 0
+    times: int = 1_000_000
+    hangs_after: int | None = None
+    abilities: Abilities = field(default_factory=Abilities)
+    requests: list[ChatRequest] = field(default_factory=list)
+    closings: int = 0
+    silent: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[Piece, None]:
+        self.requests.append(request)
+        fails = self.error is not None and len(self.requests) <= self.times
+        try:
+            for number, piece in enumerate((*self.pieces, None)):
+                if self.error is not None and fails and number == self.fails_after:
+                    raise self.error
+                if number == self.hangs_after:
+                    self.silent.set()
+                    await asyncio.Event().wait()
+                if piece is not None:
+                    await asyncio.sleep(self.pause)
+                    yield piece
+        finally:
+            self.closings += 1
+
+    async def health(self) -> None:
+        if self.error:
+            raise self.error
+
+    async def aclose(self) -> None:
+        return None
+
+
+class FakeAnswer:
+    """``ports.Answer``: *outputs* is what was written, *finished* whether all of it is stored."""
+
+    def __init__(self, said: Sequence[Output] = (), *, lose_after: int | None = None, cancelled: bool = False) -> None:
+        self.said = tuple(said)
+        self.outputs: list[Output] = []
+        self.cancelled = cancelled
+        self.finished = False
+        self._lose_after = lose_after
+        self._scope: asyncio.Timeout | None = None
+
+    def cancel(self) -> None:
+        """Somebody asks the turn to stop."""
+        self.cancelled = True
+        if self._scope:
+            self._scope.reschedule(asyncio.get_running_loop().time())
+
+    @asynccontextmanager
+    async def until_cancelled(self) -> AsyncIterator[None]:
+        scope = self._scope = asyncio.timeout(0 if self.cancelled else None)
+        try:
+            async with scope:
+                yield
+        except TimeoutError:
+            if not scope.expired():
+                raise
+        finally:
+            self._scope = None
+
+    async def write(self, output: Output) -> None:
+        if self._lose_after is not None and len(self.outputs) >= self._lose_after:
+            raise LeaseLost("somebody else writes this answer now")
+        self.outputs.append(output)
+
+    async def finish(self, *outputs: Output) -> None:
+        for output in outputs:
+            await self.write(output)
+        self.finished = True
+
+
+class FakeAnswers:
+    """``ports.Answers``: every opening is a :class:`FakeAnswer` that begins with what its predecessors of the branch said."""
+
+    def __init__(self, said: Sequence[Output] = (), *, lose_after: int | None = None, cancelled: bool = False) -> None:
+        self.opened: list[FakeAnswer] = []
+        self._said: dict[tuple[str, str], list[Output]] = defaultdict(lambda: list(said))
+        self._lose_after = lose_after
+        self._cancelled = cancelled
+
+    @asynccontextmanager
+    async def open(self, turn: str, branch: str) -> AsyncIterator[FakeAnswer]:
+        said = self._said[turn, branch]
+        answer = FakeAnswer(said, lose_after=self._lose_after, cancelled=self._cancelled)
+        self.opened.append(answer)
+        try:
+            yield answer
+        finally:
+            said += answer.outputs
+
+    @property
+    def outputs(self) -> list[Output]:
+        """Everything that was written, over all openings."""
+        return [output for answer in self.opened for output in answer.outputs]
+
+
+class FakeTurns:
+    """``ports.Turns`` in memory: a turn answers with *script*, a list of what is stored together; sequences begin at 11.
+
+    *refusal* is raised instead of accepting a turn; *breaks* is raised by the feed after the script; without either,
+    a feed whose script has no final output waits for ever.
+    """
+
+    def __init__(self, *script: Iterable[Output], refusal: Exception | None = None, breaks: Exception | None = None) -> None:
+        self.script = [tuple(outputs) for outputs in script]
+        self.refusal = refusal
+        self.breaks = breaks
+        self.opened: list[tuple[RouteTurn, Identity, float]] = []
+        self.cancelled: list[str] = []
+        self.stored: set[str] = set()
+        self.missing: dict[str, str] = {}
+        self.closed = 0
+
+    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> AsyncIterator[Sequence[Batch]]:
+        if self.refusal:
+            raise self.refusal
+        self.opened.append((command, identity, deadline))
+        self.stored.add(command.turn)
+        return self.follow(command.turn)
+
+    async def follow(self, turn: str, after: int = 0) -> AsyncIterator[Sequence[Batch]]:
+        try:
+            for sequence, outputs in enumerate(self.script, 11):
+                if sequence > after:
+                    lines = tuple(output.model_copy(update={"turn": turn}).line() for output in outputs)
+                    yield (Batch(sequence, lines, outputs[-1].final),)
+            if self.breaks:
+                raise self.breaks
+            if not (self.script and self.script[-1][-1].final):
+                await asyncio.Event().wait()
+        finally:
+            self.closed += 1
+
+    async def exists(self, turn: str) -> bool:
+        return turn in self.stored
+
+    async def cancel(self, turn: str, reason: str) -> None:
+        self.cancelled.append(turn)
+
+    async def ready(self) -> dict[str, str]:
+        return self.missing
+
+    def facts(self) -> dict[str, Any]:
+        return {"turns_opened": len(self.opened), "connected": True}

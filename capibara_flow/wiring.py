@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import uvloop
-from nats.aio.client import Client
 
 from capibara_flow import telemetry
 from capibara_flow.edge.app import Door, serve
 from capibara_flow.engines.build import build_expert
 from capibara_flow.runtime import connection, provision
 from capibara_flow.runtime.answers import FencedAnswers
+from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.turns import NatsTurns
 from capibara_flow.settings import Settings
 from topics.streams import Consumer, Layout, caller_consumer, router_consumer, subject_token
@@ -72,7 +72,7 @@ async def show_streams(settings: Settings) -> list[dict[str, Any]]:
 
 
 @asynccontextmanager
-async def connected(settings: Settings, role: str) -> AsyncIterator[Client]:
+async def connected(settings: Settings, role: str) -> AsyncIterator[TokenClient]:
     """A raw connection of *role* for the length of a block."""
     client = await connection.connect(settings, role)
     try:
@@ -82,8 +82,9 @@ async def connected(settings: Settings, role: str) -> AsyncIterator[Client]:
 
 
 @asynccontextmanager
-async def worker_needs(name: str, settings: Settings, client: Client) -> AsyncIterator[dict[str, Any]]:
+async def worker_needs(name: str, settings: Settings) -> AsyncIterator[dict[str, Any]]:
     """What the worker *name* is built with; whatever it opens is closed at the end."""
+    client = await connection.connect(settings, name)  # beside FastStream's: tokens take the fast lane
     answers = FencedAnswers(client, f"{name}@{socket.gethostname()}:{os.getpid()}")
     await answers.start()
     engines = {subject_token(each.name): build_expert(each) for each in settings.experts.active} if name == "caller" else {}
@@ -96,6 +97,7 @@ async def worker_needs(name: str, settings: Settings, client: Client) -> AsyncIt
             yield {"engines": engines, "consumers": expert_consumers(settings), **common}
     finally:
         await answers.stop()
+        await client.close()
         for engine in engines.values():
             await engine.aclose()
 

@@ -55,9 +55,7 @@ class Installation:
         """Start one more worker; close what is returned to stop it in order."""
         stack = AsyncExitStack()
         broker = connection.broker(self.settings, name)
-        client = await broker.connect()
-        stack.push_async_callback(broker.stop)
-        needs = await stack.enter_async_context(wiring.worker_needs(name, self.settings, client))
+        needs = await stack.enter_async_context(wiring.worker_needs(name, self.settings))
         await import_module(f"workers.{name}").build(broker, **needs).start()
         stack.push_async_callback(broker.stop)
         self._stack.push_async_callback(stack.aclose)

@@ -7,7 +7,6 @@ from contextlib import AsyncExitStack
 from importlib import import_module
 
 import uvloop
-from nats.aio.client import Client
 from prometheus_client import start_http_server
 
 from capibara_flow import telemetry, wiring
@@ -26,9 +25,7 @@ async def run(names: tuple[str, ...], settings: Settings) -> None:
     async with AsyncExitStack() as stack:
         for name in names:
             broker = connection.broker(settings, name)
-            client: Client = await broker.connect()
-            stack.push_async_callback(broker.stop)
-            needs = await stack.enter_async_context(wiring.worker_needs(name, settings, client))
+            needs = await stack.enter_async_context(wiring.worker_needs(name, settings))
             await import_module(f"workers.{name}").build(broker, **needs).start()
             # Leaving in reverse order: first the hands come to rest, then what they need is closed.
             stack.push_async_callback(broker.stop)

@@ -37,16 +37,14 @@ def build(
         started = clock()
         decision = decide(command.request, fleet)
         slip = plan(decision)
-        await stage.say(Routed.of(command.turn, decision, slip))
-        await stage.say(TurnRouted(turn=command.turn, decision=decision, plan=slip, started=started, ended=clock()))
-        await stage.say(
-            CallExpert(
-                turn=command.turn,
-                expert=subject_token(decision.model_id),
-                bucket=bucket(tenant()),
-                request=command.request.model_copy(update={"model": decision.model_id}),
-                plan=slip.after(),
-            )
+        call = CallExpert(
+            turn=command.turn,
+            expert=subject_token(decision.model_id),
+            bucket=bucket(tenant()),
+            request=command.request.model_copy(update={"model": decision.model_id}),
+            plan=slip.after(),
         )
+        fact = TurnRouted(turn=command.turn, decision=decision, plan=slip, started=started, ended=clock())
+        await stage.say(Routed.of(command.turn, decision, slip), fact, call)
 
     return FastStream(broker)

@@ -6,17 +6,15 @@ One batch is in flight at a time, as replicated streams demand; what is written 
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import orjson
-from nats.aio.client import Client
-from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
 from capibara_flow.errors import BrokerUnavailable, LeaseLost
+from capibara_flow.runtime.client import TokenClient, encoded, status
 from capibara_flow.runtime.output import last_message, stored
 from capibara_flow.telemetry import log
 from topics.output import Output, parse
@@ -39,7 +37,7 @@ class FencedAnswer:
         self._hub = hub
         self._token, self._reply = hub.register(self)
         self._subject = f"cf.out.{turn}.data.{branch}"
-        self._headers = {_EXPECTED: str(lease), _EXPECTED_SUBJECT: f"cf.out.{turn}.lease.{branch}"}
+        self._headers = encoded({_EXPECTED: str(lease), _EXPECTED_SUBJECT: f"cf.out.{turn}.lease.{branch}"})
         self._lines: list[bytes] = []
         self._flying: bytes | None = None
         self._since = 0.0
@@ -97,15 +95,13 @@ class FencedAnswer:
         if self._flying is None:
             return
         self._since = self._hub.now()
-        await self._hub.client.publish(self._subject, self._flying, reply=self._reply, headers=self._headers)
+        await self._hub.client.send(self._subject, self._flying, reply=self._reply, headers=self._headers)
 
-    async def acknowledge(self, message: Msg) -> None:
+    async def acknowledge(self, headers: bytes, data: bytes) -> None:
         """The broker's word on the batch in flight."""
-        if self._flying is None:
-            return
-        if message.headers and message.headers.get("Status") == "503":
-            return  # no stream, or no leader for now: the watchdog tries again
-        error = orjson.loads(message.data).get("error")
+        if self._flying is None or status(headers):
+            return  # a status means no stream, or no leader for now: the watchdog tries again
+        error = orjson.loads(data).get("error")
         if error is not None and error["err_code"] != _WRONG_SEQUENCE:
             log.warning("output_refused", turn=self.turn, error=error["description"])
             return  # for instance "in process" during an election: the watchdog looks again
@@ -151,7 +147,7 @@ class FencedAnswer:
 class FencedAnswers:
     """All answers that this process writes; one inbox for their acknowledgements, one ear for cancellations."""
 
-    def __init__(self, client: Client, owner: str) -> None:
+    def __init__(self, client: TokenClient, owner: str) -> None:
         self.client = client
         self.connected_at = 0.0
         self._owner = owner.encode()
@@ -163,8 +159,8 @@ class FencedAnswers:
     async def start(self) -> None:
         """Subscribe to acknowledgements and cancellations."""
         self._inbox = self.client.new_inbox()
-        await self.client.subscribe(f"{self._inbox}.*", cb=self._acknowledged)
-        await self.client.subscribe("cf.ctl.*.cancel", cb=self._cancelled)
+        await self.client.listen(f"{self._inbox}.*", self._acknowledged)
+        await self.client.listen("cf.ctl.*.cancel", self._cancelled)
         await self.client.flush()
         self._watchdog = asyncio.create_task(self._watch())
 
@@ -190,18 +186,29 @@ class FencedAnswers:
     async def _take_lease(self, turn: str, branch: str) -> tuple[int, bool]:
         """The sequence of our lease, and whether somebody held one before us; raises ``LeaseLost``."""
         subject = f"cf.out.{turn}.lease.{branch}"
+        first = await self._bid(subject, 0)  # nearly always nobody was here before
+        if first is not None:
+            return first, False
         before = await last_message(self.client, subject)
-        expected = before.sequence if before else 0
+        lease = await self._bid(subject, before.sequence if before else 0)
+        if lease is None:
+            raise LeaseLost(f"somebody else took {subject} at the same time")
+        return lease, True
+
+    async def _bid(self, subject: str, expected: int) -> int | None:
+        """Write our name as the lease that follows *expected*: its sequence, or none when another one followed."""
         try:
             reply = await self.client.request(subject, self._owner, timeout=5, headers={_EXPECTED: str(expected)})
         except NoRespondersError as error:
             raise BrokerUnavailable("the output stream is not there") from error
         except (NatsError, TimeoutError) as error:
             raise BrokerUnavailable(f"no lease: {error!r}") from error
-        body = json.loads(reply.data)
-        if "error" in body:
-            raise LeaseLost(f"{turn}: {body['error']['description']}")
-        return int(body["seq"]), expected != 0
+        answer = orjson.loads(reply.data)
+        if refusal := answer.get("error"):
+            if refusal["err_code"] == _WRONG_SEQUENCE:
+                return None
+            raise BrokerUnavailable(f"no lease: {refusal['description']}")
+        return int(answer["seq"])
 
     async def _said(self, turn: str, branch: str) -> tuple[Output, ...]:
         """Everything on the branch: complete, because the lease already refuses any earlier owner."""
@@ -235,12 +242,12 @@ class FencedAnswers:
         """The loop's clock, in seconds."""
         return asyncio.get_running_loop().time()
 
-    async def _acknowledged(self, message: Msg) -> None:
-        if answer := self._answers.get(message.subject.rsplit(".", 1)[1]):
-            await answer.acknowledge(message)
+    async def _acknowledged(self, subject: bytes, headers: bytes, data: bytes) -> None:
+        if answer := self._answers.get(subject.rsplit(b".", 1)[1].decode()):
+            await answer.acknowledge(headers, data)
 
-    async def _cancelled(self, message: Msg) -> None:
-        turn = message.subject.split(".")[2]
+    async def _cancelled(self, subject: bytes, _: bytes, __: bytes) -> None:
+        turn = subject.decode().split(".")[2]
         for answer in self._answers.values():
             if answer.turn == turn:
                 answer.cancel()

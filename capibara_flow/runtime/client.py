@@ -6,11 +6,13 @@ and sends messages whose headers were encoded once. Two private methods of nats-
 """
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 from nats.errors import ConnectionClosedError, OutboundBufferLimitError
+from nats.errors import Error as NatsError
 
 #: Takes subject, raw headers (empty when there are none) and data; it must not wait for anything but a send.
 Hear = Callable[[bytes, bytes, bytes], Awaitable[None]]
@@ -36,6 +38,11 @@ def status(raw: bytes) -> bytes:
     return raw[9:12] if raw[8:9] == b" " else b""
 
 
+def description(raw: bytes) -> str:
+    """The words after the inline status."""
+    return raw[13 : raw.index(b"\r\n")].decode(errors="replace")
+
+
 class TokenClient(Client):
     """``nats.aio.client.Client`` with ``listen`` and ``send``."""
 
@@ -53,7 +60,8 @@ class TokenClient(Client):
         """End what ``listen`` began."""
         self._ears.pop(subscription._id, None)
         if self.is_connected:
-            await subscription.unsubscribe()
+            with suppress(NatsError):  # the connection is being closed
+                await subscription.unsubscribe()
         else:
             self._subs.pop(subscription._id, None)  # nothing to tell the broker: it is not subscribed anew after a reconnect
 

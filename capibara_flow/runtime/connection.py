@@ -3,10 +3,9 @@
 from typing import Any
 from urllib.parse import quote
 
-import nats
 from faststream.nats import NatsBroker
-from nats.aio.client import Client
 
+from capibara_flow.runtime.client import TokenClient
 from capibara_flow.settings import Settings
 from capibara_flow.telemetry import log
 
@@ -41,9 +40,11 @@ def addresses(settings: Settings, role: str) -> list[str]:
     return [url.replace("://", f"://{credentials}", 1) for url in urls]
 
 
-async def connect(settings: Settings, role: str) -> Client:
+async def connect(settings: Settings, role: str) -> TokenClient:
     """A raw connection: for tokens, the door and tools."""
-    return await nats.connect(addresses(settings, role), **options(settings, role))
+    client = TokenClient()
+    await client.connect(addresses(settings, role), **options(settings, role))
+    return client
 
 
 def broker(settings: Settings, role: str) -> NatsBroker:

@@ -98,13 +98,22 @@ class Stage:
             problem = error.errors()[0]["msg"]
             raise BadRequest(f"a message that cannot be understood: {error.error_count()} problems, first: {problem}") from error
 
-    async def say(self, message: Message) -> None:
-        """Publish *message* once; commands and output are stored when this returns. Raises ``BrokerUnavailable`` or ``TooLarge``.
+    async def say(self, *messages: Message) -> None:
+        """Publish *messages* once each, in order; commands and output are stored when this returns.
+
+        Raises ``BrokerUnavailable`` or ``TooLarge``.
 
         Refuses (``TypeError``) what the map does not list for this hop.
         """
-        if type(message) not in self.hop.speaks:
-            raise TypeError(f"{self.hop.worker} may not say {type(message).__name__}: topics.flow does not list it")
+        for message in messages:
+            if type(message) not in self.hop.speaks:
+                raise TypeError(f"{self.hop.worker} may not say {type(message).__name__}: topics.flow does not list it")
+        # One connection keeps their order; the acknowledgements are waited for together.
+        results = await asyncio.gather(*map(self._publish, messages), return_exceptions=True)
+        if faults := [result for result in results if result is not None]:
+            raise faults[0]
+
+    async def _publish(self, message: Message) -> None:
         headers = {"Nats-Msg-Id": message.dedupe, "content-type": "application/json", **carried()}
         body = message.line() if isinstance(message, Output) else message.model_dump_json(exclude_none=True).encode()
         if not isinstance(message, Command | Output):
@@ -114,7 +123,7 @@ class Stage:
         await self._store(message.subject, body, headers)
 
     async def _store(self, subject: str, body: bytes, headers: dict[str, str]) -> None:
-        """Store a message; raises ``BrokerUnavailable``, and ``TooLarge``."""
+        """Store a message; raises ``BrokerUnavailable`` or ``TooLarge``."""
         jetstream = self._broker.config.connection_state.stream
         if not fits(self._broker.config.connection_state.connection, body):
             raise TooLarge(f"{len(body)} bytes are more than the broker takes at once")

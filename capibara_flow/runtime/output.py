@@ -3,16 +3,15 @@
 import asyncio
 import base64
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
 from capibara_flow.errors import BrokerUnavailable
+from capibara_flow.runtime.client import TokenClient, description, header, status
 
 OUT = "CF_OUT"
 _BATCH = 256
@@ -48,20 +47,19 @@ async def last_message(client: Client, subject: str, stream: str = OUT) -> Store
     raise BrokerUnavailable(f"{stream}: {answer['error']['description']}")
 
 
-async def stored(client: Client, subject: str, after: int, stream: str = OUT) -> list[Stored]:
+async def stored(client: TokenClient, subject: str, after: int, stream: str = OUT) -> list[Stored]:
     """Messages of *subject* with sequences above *after*, in order, at most a batch of them; raises ``BrokerUnavailable``."""
     found: list[Stored] = []
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def receive(message: Msg) -> None:
-        headers = message.headers or {}
-        if status := headers.get("Status"):
-            _end(ended, status, headers.get("Description", ""))
+    async def receive(_: bytes, headers: bytes, data: bytes) -> None:
+        if code := status(headers):
+            _end(ended, code.decode(), description(headers))
         else:
-            found.append(Stored(int(headers["Nats-Sequence"]), message.data))
+            found.append(Stored(int(header(headers, b"Nats-Sequence")), data))
 
     inbox = client.new_inbox()
-    subscription = await client.subscribe(inbox, cb=receive)
+    subscription = await client.listen(inbox, receive)
     try:
         body = json.dumps({"seq": after + 1, "next_by_subj": subject, "batch": _BATCH}).encode()
         await client.publish(f"$JS.API.DIRECT.GET.{stream}", body, reply=inbox)
@@ -69,8 +67,7 @@ async def stored(client: Client, subject: str, after: int, stream: str = OUT) ->
     except (NatsError, TimeoutError) as error:
         raise BrokerUnavailable(f"{stream} does not answer: {error!r}") from error
     finally:
-        with suppress(NatsError):  # the connection is closed already
-            await subscription.unsubscribe()
+        await client.deafen(subscription)
     return found
 
 

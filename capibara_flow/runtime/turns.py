@@ -5,14 +5,13 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import stamina
-from nats.aio.client import Client
-from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from capibara_flow.domain.reading import Cursor, Verdict
 from capibara_flow.errors import BrokerUnavailable, QueueFull, TooLarge
 from capibara_flow.ports import Batch, Identity
+from capibara_flow.runtime.client import TokenClient, header
 from capibara_flow.runtime.output import fits, last_message, stored
 from capibara_flow.telemetry import log
 from topics.chat import CancelTurn, RouteTurn
@@ -34,7 +33,7 @@ def _batch(sequence: int, data: bytes) -> Batch:
 class Follower:
     """One reader of one branch: the live feed, healed from the stream."""
 
-    def __init__(self, client: Client, turn: str, branch: str, after: int) -> None:
+    def __init__(self, client: TokenClient, turn: str, branch: str, after: int) -> None:
         self._client = client
         self._turn, self._branch = turn, branch
         self._cursor = Cursor(after)
@@ -42,14 +41,12 @@ class Follower:
         self._arrived = asyncio.Event()
 
     async def start(self) -> None:
-        """Listen, and return when the broker knows that we do."""
-        self._subscription = await self._client.subscribe(f"cf.live.{self._turn}.{self._branch}", cb=self._receive)
-        await self._client.flush()
+        """Listen. What is published on this connection from now on, and what it causes, will be heard."""
+        self._subscription = await self._client.listen(f"cf.live.{self._turn}.{self._branch}", self._receive)
 
     async def stop(self) -> None:
         """Listen no more."""
-        if self._client.is_connected:
-            await self._subscription.unsubscribe()
+        await self._client.deafen(self._subscription)
 
     async def batches(self, *, backfill: bool) -> AsyncIterator[Sequence[Batch]]:
         """Every batch once and in order, to the final one; several that are there together come together."""
@@ -100,19 +97,18 @@ class Follower:
             if not fresh or fresh[-1].final:
                 return found
 
-    async def _receive(self, message: Msg) -> None:
-        headers = message.headers or {}
+    async def _receive(self, _: bytes, headers: bytes, data: bytes) -> None:
         if len(self._pending) >= _MOST_PENDING:
             # A client too slow for the feed: the stream is the buffer, the gap will show and be healed from there.
             self._pending.clear()
-        self._pending.append((int(headers["Nats-Sequence"]), int(headers["Nats-Last-Sequence"]), message.data))
+        self._pending.append((int(header(headers, b"Nats-Sequence")), int(header(headers, b"Nats-Last-Sequence")), data))
         self._arrived.set()
 
 
 class NatsTurns:
     """``ports.Turns`` on NATS; *consumers* are those without which a turn cannot be served."""
 
-    def __init__(self, client: Client, consumers: tuple[Consumer, ...]) -> None:
+    def __init__(self, client: TokenClient, consumers: tuple[Consumer, ...]) -> None:
         self._client = client
         self._jetstream = client.jetstream()
         self._consumers = consumers
@@ -132,6 +128,7 @@ class NatsTurns:
     async def follow(self, turn: str, after: int = 0) -> AsyncIterator[Sequence[Batch]]:
         follower = Follower(self._client, turn, "main", after)
         await follower.start()
+        await self._client.flush()
         async for batches in self._reading(follower, backfill=True):
             yield batches
 

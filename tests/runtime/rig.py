@@ -12,6 +12,7 @@ from nats.js import JetStreamContext
 
 from capibara_flow.runtime import connection, provision
 from capibara_flow.runtime.answers import FencedAnswers
+from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.hops import Handler, Stage
 from capibara_flow.runtime.output import stored
@@ -37,7 +38,7 @@ class Rig:
     def __init__(self, broker: EmbeddedBroker) -> None:
         self.broker = broker
         self.settings = Settings(nats=NatsSettings(url=broker.url, passwords=broker.passwords), worker=WorkerSettings(graceful_seconds=1))
-        self.clients: list[Client] = []
+        self.clients: list[TokenClient] = []
         self.admin: JetStreamContext
 
     async def start(self) -> None:
@@ -45,7 +46,7 @@ class Rig:
         self.admin = (await self.client("provisioner")).jetstream(timeout=10)
         await provision.apply(self.admin, Layout(), (router_consumer(), EXPERT))
 
-    async def client(self, role: str) -> Client:
+    async def client(self, role: str) -> TokenClient:
         """One more connection of *role*."""
         self.clients.append(await connection.connect(self.settings, role))
         return self.clients[-1]
@@ -73,7 +74,7 @@ class Rig:
         router = next((each for each in self.clients if each.options["name"] == "capibara-router"), None) or await self.client("router")
         await router.jetstream().publish(command.subject, command.model_dump_json().encode())
 
-    async def answers(self, client: Client | None = None) -> FencedAnswers:
+    async def answers(self, client: TokenClient | None = None) -> FencedAnswers:
         """A writer of answers with a connection of its own."""
         hub = FencedAnswers(client or await self.client("caller"), "test")
         await hub.start()
@@ -107,9 +108,7 @@ class Rig:
     ) -> AsyncIterator[Stage]:
         """A router whose handler *build* makes, for the length of a block; leaving it stops it in order."""
         broker = connection.broker(self.settings, "router")
-        client = await broker.connect()
-        hub = FencedAnswers(client, "test")
-        await hub.start()
+        hub = await self.answers(await self.client("router"))
         stage = Stage(broker, hop("router"), hub, retry_seconds=retry_seconds)
         consumer = replace(router_consumer(), ack_wait=ack_wait, max_deliver=max_deliver)
         stage.takes(consumer, permits=permits)(build(stage))
@@ -127,7 +126,7 @@ async def ensured(jetstream: JetStreamContext, consumer: Consumer) -> None:
     await provision.ensure_consumer(jetstream, consumer)
 
 
-class Line(Client):
+class Line(TokenClient):
     """A connection on which chosen messages get lost, or wait: nothing does unless a test says so."""
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ setup: $(VENV)/.up ## install what `make up` needs
 setup-dev: $(VENV)/.dev ## install what tests and linters need
 
 check: $(VENV)/.dev ## the fast tests, then the linters
-	$(PYTEST) -q -m "not slow and not browser and not model" $(ARGS)
+	$(PYTEST) -q -m "not slow and not browser and not model and not docker" $(ARGS)
 	@$(MAKE) --no-print-directory lint
 
 test: $(VENV)/.dev system-packages ## the whole suite (what needs a missing engine is skipped and says so)

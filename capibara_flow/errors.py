@@ -15,6 +15,8 @@ Two questions decide every error's name: may we try again, and who must know?
     - TurnUnknown         no such turn, or its output has aged out
     - TooLarge            larger than the broker takes at once
     - QueueFull           the queue takes no more now
+    - Unauthorized        no key, or one that nobody has
+    - CannotStart         something that should run on this machine cannot
 """
 
 from typing import ClassVar
@@ -103,3 +105,13 @@ class QueueFull(Terminal):
 
     status = 503
     retryable = True
+
+
+class Unauthorized(Terminal):
+    """No key, or one that nobody has."""
+
+    status = 401
+
+
+class CannotStart(Terminal):
+    """Something that should run on this machine cannot; the message says what to do about it."""

@@ -110,9 +110,14 @@ def fleet_file(engine: str, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def installation(broker: EmbeddedBroker, engine: str, fleet_file: Path) -> AsyncIterator[Installation]:
+def settings(broker: EmbeddedBroker, fleet_file: Path) -> Settings:
+    """The settings of the whole installation."""
+    return settings_for(broker, fleet_file)
+
+
+@pytest.fixture
+async def installation(settings: Settings, engine: str) -> AsyncIterator[Installation]:
     """A whole installation without a door; settings may be replaced before more is started."""
-    settings = settings_for(broker, fleet_file)
     await wiring.apply_streams(settings)
     running = Installation(settings, engine)
     try:

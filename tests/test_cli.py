@@ -31,8 +31,7 @@ from capibara_flow.cli.doctor import browser, examine
 from capibara_flow.cli.fleets import Served
 from capibara_flow.cli.supervisor import Stopped, Supervisor, free_port, is_free, local_get
 from capibara_flow.cli.up import Wish, understood
-from capibara_flow.errors import EngineBusy
-from capibara_flow.runtime.embedded import CannotStart
+from capibara_flow.errors import CannotStart, EngineBusy
 from tests.webserver import serving
 
 CAPIBARA = [sys.executable, "-m", "capibara_flow"]
@@ -216,12 +215,6 @@ def test_an_engine_without_a_list_becomes_one_expert(answer):
     assert found == [Served("engine-3", "http://x")]
 
 
-def test_weights_that_differ_are_refused(tmp_path):
-    (tmp_path / "w.gguf").write_bytes(b"something else")
-    with pytest.raises(CannotStart, match="SHA-256"):
-        fleets.verified(tmp_path / "w.gguf", fleets.WEIGHTS_SHA256)
-
-
 # --- children ----------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +311,22 @@ def test_doctor_fails_when_the_broker_that_was_named_is_away(quiet):
 def test_doctor_tells_a_wrong_setting(monkeypatch):
     monkeypatch.setenv("CAPIBARA_NATS__REPLICAS", "9")
     assert findings()["settings"] == "fail"
+
+
+def test_a_wrong_password_is_told_at_once_and_by_name(monkeypatch, broker, tmp_path):
+    (tmp_path / "f.toml").write_text(fleets.fleet_toml([Served("one", "http://127.0.0.1:9")]), encoding="utf-8")
+    monkeypatch.setenv("CAPIBARA_FLEET__FILE", str(tmp_path / "f.toml"))
+    for name, value in broker.environment().items():
+        monkeypatch.setenv(name, value)
+    assert run("streams", "apply").exit_code == 0
+    assert "CF_OUT" in run("streams", "show").output
+    assert findings()["streams"] == "ok"
+    for command, role in (("apply", "PROVISIONER"), ("show", "OBSERVER")):
+        monkeypatch.setenv(f"CAPIBARA_NATS__PASSWORDS__{role}", "wrong")
+        result = run("streams", command)
+        assert (result.exit_code, f"check CAPIBARA_NATS__PASSWORDS__{role}" in result.stderr) == (1, True)
+    [found] = [each for each in examine() if each.name == "streams"]
+    assert (found.verdict, found.remedy) == ("fail", "check CAPIBARA_NATS__PASSWORDS__OBSERVER")
 
 
 def test_doctor_finds_the_edges_port_free_or_taken(monkeypatch, quiet):

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from capibara_flow import __version__
 from capibara_flow.cli.state import DEFAULT_STATE, adopt, running
-from capibara_flow.errors import CapibaraError
+from capibara_flow.errors import CannotStart, CapibaraError
 
 if TYPE_CHECKING:
     from capibara_flow.settings import Settings
@@ -41,15 +41,16 @@ def expected(error: Exception) -> str | None:
     return None
 
 
-def _reached() -> "Settings":
-    """The settings, once a broker answers where they say: a client that never gives up would wait for ever."""
+def _reached(role: str) -> "Settings":
+    """The settings, once a broker answers where they say and lets *role* in: a client that never gives up would wait for ever."""
     from capibara_flow import settings
-    from capibara_flow.cli.doctor import broker
-    from capibara_flow.runtime.embedded import CannotStart
+    from capibara_flow.cli.doctor import broker, refused
 
     found = broker(loaded := settings.load())
     if found.verdict != "ok":
         raise CannotStart(f"no broker: {found.detail}: {found.remedy}")
+    if why := refused(loaded, role):
+        raise CannotStart(f"{why}: check CAPIBARA_NATS__PASSWORDS__{role.upper()}")
     return loaded
 
 
@@ -203,7 +204,7 @@ def scripted(
 def streams_apply(state: State = DEFAULT_STATE) -> None:
     """Declare the streams and consumers on the broker; existing ones are updated."""
     adopt(state)
-    settings = _reached()
+    settings = _reached("provisioner")
     import asyncio
 
     from capibara_flow import wiring
@@ -216,7 +217,7 @@ def streams_apply(state: State = DEFAULT_STATE) -> None:
 def streams_show(state: State = DEFAULT_STATE) -> None:
     """Show the streams, how full they are, and who reads them."""
     adopt(state)
-    settings = _reached()
+    settings = _reached("observer")
     import asyncio
 
     from capibara_flow import wiring

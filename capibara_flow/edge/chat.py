@@ -54,7 +54,8 @@ class NativeChat:
     async def _stream(
         self, request: web.Request, turn: str, batches: AsyncIterator[Sequence[Batch]], greeting: bytes = b"", after: int = 0
     ) -> web.StreamResponse:
-        async with sse.opened(request, {"X-Capibara-Turn": turn}, self._door.edge.heartbeat_seconds) as stream:
+        heartbeat = self._door.edge.heartbeat_seconds
+        async with sse.finishing(batches), sse.opened(request, {"X-Capibara-Turn": turn}, heartbeat) as stream:
             if greeting:
                 await stream.write(greeting)
             outcome = "left"

@@ -50,7 +50,8 @@ class Completions:
     async def _stream(
         self, request: web.Request, turn: str, batches: AsyncIterator[Sequence[Batch]], chunks: "Chunks"
     ) -> web.StreamResponse:
-        async with sse.opened(request, {"X-Capibara-Turn": turn}, self._door.edge.heartbeat_seconds) as stream:
+        heartbeat = self._door.edge.heartbeat_seconds
+        async with sse.finishing(batches), sse.opened(request, {"X-Capibara-Turn": turn}, heartbeat) as stream:
             outcome = "left"
             try:
                 async with asyncio.timeout(self._door.seconds_left(turn)):

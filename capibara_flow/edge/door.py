@@ -11,10 +11,11 @@ from pydantic import BaseModel, ValidationError
 
 from capibara_flow.domain.collecting import Collected
 from capibara_flow.domain.fleet import Fleet
-from capibara_flow.domain.routing import able, wants
+from capibara_flow.domain.routing import candidates
 from capibara_flow.domain.turns import belongs, created, is_turn_id, turn_id
 from capibara_flow.edge.identity import identify
 from capibara_flow.edge.problems import explained
+from capibara_flow.edge.sse import finishing
 from capibara_flow.errors import BadRequest, TurnUnknown
 from capibara_flow.ports import Batch, Identity, Turns
 from capibara_flow.settings import AuthSettings, EdgeSettings
@@ -53,9 +54,7 @@ class Door:
         """Refuse at once what cannot be served; raises ``BadRequest`` or ``UnknownExpert``."""
         if len(request.messages) > self.edge.max_messages:
             raise BadRequest(f"{len(request.messages)} messages are too many; the limit is {self.edge.max_messages}")
-        expert = wants(request, self.fleet)
-        if not any(able(request, each) for each in ([expert] if expert else self.fleet.active)):
-            raise BadRequest(f"{expert.name if expert else 'no expert here'} does not take images")
+        candidates(request, self.fleet)
 
     def identify(self, request: web.Request) -> Identity:
         """Who asks; raises ``Unauthorized``."""
@@ -87,8 +86,9 @@ class Door:
 async def collect(batches: AsyncIterator[Sequence[Batch]]) -> Collected:
     """Follow a turn to its end."""
     collected = Collected()
-    async for arrived in batches:
-        for batch in arrived:
-            for line in batch.lines:
-                collected.add(parse(line))
+    async with finishing(batches):
+        async for arrived in batches:
+            for batch in arrived:
+                for line in batch.lines:
+                    collected.add(parse(line))
     return collected

@@ -4,17 +4,11 @@ import hmac
 
 from aiohttp import web
 
-from capibara_flow.errors import Terminal
+from capibara_flow.errors import Unauthorized
 from capibara_flow.ports import Identity
 from capibara_flow.settings import AuthSettings
 
 ANONYMOUS = "anonymous"
-
-
-class Unauthorized(Terminal):
-    """No key, or one that nobody has."""
-
-    status = 401
 
 
 def identify(request: web.Request, auth: AuthSettings) -> Identity:

@@ -1,7 +1,7 @@
 """Writing server-sent events: everything that is there goes out in one write, and a dead or stalled client is let go."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from aiohttp import web
@@ -26,7 +26,7 @@ def native(batch: Batch) -> bytes:
 
 @asynccontextmanager
 async def opened(request: web.Request, headers: dict[str, str], heartbeat: float) -> AsyncIterator["Stream"]:
-    """A prepared event stream with its heartbeat, for the length of a block."""
+    """A prepared event stream with its heartbeat, for the length of a block, which a client that leaves ends in silence."""
     response = web.StreamResponse(headers={**HEADERS, **headers})
     await response.prepare(request)
     stream = Stream(request, response)
@@ -34,12 +34,24 @@ async def opened(request: web.Request, headers: dict[str, str], heartbeat: float
     with OPEN_STREAMS.track_inprogress():
         try:
             yield stream
+        except ConnectionResetError:
+            stream.cut()  # the client has gone: nothing went wrong, and there is nobody to tell
         except Exception:
             # A second response inside the first would be read as part of it: cut the connection instead.
             stream.cut()
             raise
         finally:
             beat.cancel()
+
+
+@asynccontextmanager
+async def finishing(batches: AsyncIterator[Sequence[Batch]]) -> AsyncIterator[None]:
+    """End the feed *batches* with the block: left alone, it would go on until the memory of an error's frames is freed."""
+    try:
+        yield
+    finally:
+        if isinstance(batches, AsyncGenerator):
+            await batches.aclose()
 
 
 class Stream:

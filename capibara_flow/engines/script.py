@@ -39,13 +39,19 @@ class Fail(Part):
 
 
 class Answer(Part):
-    """One scripted answer and when it is given: *when* is searched in the last user message, case ignored."""
+    """One scripted answer and when it is given: *when* is searched in the last user message, case ignored.
+
+    It is a *text*, or *tokens*, or it *counts* from 1 to the number that the first group of *when* finds. Its tokens
+    come *delay_ms* apart, or *burst* of them at once after as many delays, as engines do that guess several tokens ahead.
+    """
 
     when: str | None = None
     after_tool: bool = False
     text: str = ""
     tokens: tuple[str, ...] = ()
+    counts: bool = False
     delay_ms: float = Field(default=0, ge=0)
+    burst: int = Field(default=1, ge=1)
     reasoning: str = ""
     tool_calls: tuple[Call, ...] = ()
     fail: Fail = Fail()
@@ -53,18 +59,30 @@ class Answer(Part):
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
-        if self.text and self.tokens:
-            raise ValueError("give either text or tokens")
+        if bool(self.text) + bool(self.tokens) + self.counts > 1:
+            raise ValueError("give one of text, tokens and counts")
         try:
-            re.compile(self.when or "")
+            pattern = re.compile(self.when or "")
         except re.error as error:
             raise ValueError(f"when: {self.when!r} is not a regular expression: {error}") from error
+        if self.counts and not pattern.groups:
+            raise ValueError("when: an answer that counts needs a group that finds the number")
         return self
 
-    @property
-    def spoken(self) -> tuple[str, ...]:
-        """The answer in tokens; a text is cut before its blanks, as a language model does it."""
+    def spoken(self, question: str) -> tuple[str, ...]:
+        """The answer to *question* in tokens; a text is cut before its blanks, as a language model does it."""
+        if self.counts:
+            return tuple(f"{number} " for number in range(1, self._number(question) + 1))
         return self.tokens or tuple(re.findall(r"\s*\S+|\s+", self.text))
+
+    def _number(self, question: str) -> int:
+        found = re.search(self.when or "", question, re.IGNORECASE)
+        digits = (found and found[1]) or ""
+        return min(int(digits[:9]), MOST_COUNTED) if digits.isdecimal() else 0
+
+    def due(self, index: int) -> float:
+        """When the token *index* of what is said is due, in seconds after the beginning: a burst comes with its first token."""
+        return (index - index % self.burst + 1) * self.delay_ms / 1000
 
     @property
     def ends_with(self) -> str:
@@ -76,6 +94,8 @@ class Answer(Part):
         return self.after_tool == after_tool and re.search(self.when or "", question, re.IGNORECASE) is not None
 
 
+#: Where an answer stops that counts.
+MOST_COUNTED = 10_000
 DEFAULT = Answer(text="This is a scripted answer: no language model was asked.")
 
 
@@ -87,7 +107,7 @@ class Script(Part):
 
     def choose(self, messages: list[dict[str, Any]]) -> Answer:
         """The answer to a conversation in OpenAI's form."""
-        question = next((text_of(each) for each in reversed(messages) if each.get("role") == "user"), "")
+        question = question_of(messages)
         asked = [each for each in messages if each.get("role") != "assistant"]
         after_tool = bool(asked) and asked[-1].get("role") == "tool"
         return next((each for each in self.answer if each.fits(question, after_tool)), self.default)
@@ -105,6 +125,11 @@ def load_script(path: Path | str) -> Script:
         raise SettingsError(f"{path}: {problems}") from error
     except ValueError as error:
         raise SettingsError(f"{path}: not TOML: {error}") from error
+
+
+def question_of(messages: list[dict[str, Any]]) -> str:
+    """The words of the last user message."""
+    return next((text_of(each) for each in reversed(messages) if each.get("role") == "user"), "")
 
 
 def text_of(message: dict[str, Any]) -> str:

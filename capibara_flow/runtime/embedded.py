@@ -17,15 +17,11 @@ import time
 from pathlib import Path
 from typing import IO, Any, Self
 
-from capibara_flow.errors import Terminal
+from capibara_flow.errors import CannotStart
 from capibara_flow.runtime.leash import leashed
 
 PASSWORD_VARIABLE = "CAPIBARA_NATS__PASSWORDS__"  # noqa: S105  a name, not a password
 _ROLE = re.compile(rf"\$\{{?{PASSWORD_VARIABLE}(\w+)")
-
-
-class CannotStart(Terminal):
-    """Something that should run here cannot; the message says what to do about it."""
 
 
 def find_server() -> str:

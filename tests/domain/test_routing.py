@@ -1,4 +1,4 @@
-"""Routing: who is named is honoured, rules come next, and whoever cannot see gets no image."""
+"""Routing: who is named is honoured, rules come next, and nobody gets images or tools who cannot take them."""
 
 from typing import Any
 
@@ -7,17 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capibara_flow.domain.fleet import AUTO, Fleet
-from capibara_flow.domain.routing import able, decide, plan, wants
+from capibara_flow.domain.routing import candidates, decide, lacks, plan, wants
 from capibara_flow.errors import BadRequest, UnknownExpert
 from topics.chat import ChatRequest
 
 PIXEL = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+TOOLS = ({"type": "function", "function": {"name": "weather"}},)
 FLEET = Fleet.model_validate(
     {
         "experts": [
             {"name": "plain", "urls": ["http://h:1"], "aliases": ["simple"]},
             {"name": "painter", "urls": ["http://h:2"], "modalities": ["text", "image"]},
-            {"name": "coder", "urls": ["http://h:3"]},
+            {"name": "coder", "urls": ["http://h:3"], "tools": True},
             {"name": "retired", "urls": ["http://h:4"], "active": False},
         ],
         "rules": [
@@ -30,9 +31,10 @@ FLEET = Fleet.model_validate(
 BLIND = Fleet.model_validate({"experts": [{"name": "plain", "urls": ["http://h:1"]}]})
 
 
-def request(text: str = "hello", model: str | None = None, *, image: bool = False) -> ChatRequest:
+def request(text: str = "hello", model: str | None = None, *, image: bool = False, tools: bool = False) -> ChatRequest:
     content: Any = [{"type": "text", "text": text}, PIXEL] if image else text
-    return ChatRequest.model_validate({"messages": [{"role": "user", "content": content}], "model": model})
+    body = {"messages": [{"role": "user", "content": content}], "model": model, "tools": TOOLS if tools else ()}
+    return ChatRequest.model_validate(body)
 
 
 @pytest.mark.parametrize("model", ["plain", "simple"])
@@ -78,6 +80,27 @@ def test_an_image_for_whoever_cannot_see_is_refused() -> None:
         decide(request(image=True), BLIND)
 
 
+def test_tools_pass_over_rules_and_defaults_that_cannot_call_them() -> None:
+    assert decide(request("hello", tools=True), FLEET).model_id == "coder"
+    assert decide(request("paint me", tools=True), FLEET).route_name == "default"
+    assert decide(request("a loop", tools=True), FLEET).route_name == "code"
+
+
+def test_tools_for_whoever_cannot_call_them_are_refused() -> None:
+    with pytest.raises(BadRequest, match=r"^plain does not take tools$"):
+        decide(request(model="simple", tools=True), FLEET)
+    with pytest.raises(BadRequest, match=r"^plain does not take images and tools$"):
+        decide(request(model="plain", image=True, tools=True), FLEET)
+    with pytest.raises(BadRequest, match=r"^painter does not take tools$"):
+        decide(request(model="painter", image=True, tools=True), FLEET)
+    with pytest.raises(BadRequest, match=r"^no expert of this fleet takes images and tools$"):
+        decide(request(image=True, tools=True), FLEET)
+
+
+def test_an_empty_list_of_tools_asks_for_nothing() -> None:
+    assert decide(request(model="plain"), FLEET).model_id == "plain"
+
+
 def test_the_plan_calls_whoever_was_chosen() -> None:
     steps = plan(decide(request(model="coder"), FLEET)).steps
     assert [(step.stage, step.expert) for step in steps] == [("caller", "coder")]
@@ -86,15 +109,18 @@ def test_the_plan_calls_whoever_was_chosen() -> None:
 models = st.none() | st.text(max_size=20) | st.sampled_from(["plain", "simple", "painter", "coder", "retired", *AUTO])
 
 
-@given(st.text(), models, st.booleans(), st.sampled_from([FLEET, BLIND]))
-def test_routing_decides_or_refuses_and_nothing_else(text: str, model: str | None, image: bool, fleet: Fleet) -> None:
-    asked = request(text, model, image=image)
+@given(st.text(), models, st.booleans(), st.booleans(), st.sampled_from([FLEET, BLIND]))
+def test_routing_decides_or_refuses_and_nothing_else(text: str, model: str | None, image: bool, tools: bool, fleet: Fleet) -> None:
+    asked = request(text, model, image=image, tools=tools)
     try:
         decision = decide(asked, fleet)
-    except (BadRequest, UnknownExpert):
+    except (BadRequest, UnknownExpert) as refusal:
+        with pytest.raises(type(refusal)):
+            candidates(asked, fleet)
         return
     expert = fleet.find(decision.model_id)
+    assert expert in candidates(asked, fleet)
     assert expert is not None
-    assert able(asked, expert)
+    assert not lacks(asked, expert)
     named = wants(asked, fleet)
     assert named is None or named is expert

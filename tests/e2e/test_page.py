@@ -1,18 +1,22 @@
-"""The chat page in a real browser, in front of an edge with a scripted engine.
-
-All that these tests ask of the edge behind ``page_url`` is what its engine recites: "cuenta hasta N" counts slowly,
-"markdown" is a structured answer, "falla" breaks in mid-answer, "xss" attacks, "piensa" reasons first.
-"""
+"""The chat page in a real browser, in front of a whole installation whose engine recites ``page_answers.toml``."""
 
 import json
 import re
 import shutil
 from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.async_api import BrowserContext, ConsoleMessage, Locator, Page, async_playwright, expect
 
-from tests.e2e.page_server import StandIn, Wire, serve
+from capibara_flow.engines import scripted
+from capibara_flow.engines.script import load_script
+from capibara_flow.runtime.embedded import EmbeddedBroker
+from capibara_flow.settings import Settings, WorkerSettings
+from tests.conftest import settings_for
+from tests.e2e.wire import Wire
+from tests.waiting import until as seen
 
 pytestmark = pytest.mark.browser
 
@@ -32,10 +36,32 @@ expect.set_options(timeout=PATIENCE_MS)
 
 
 @pytest.fixture
-async def page_url() -> AsyncIterator[str]:
-    """The base URL of an edge in front of a scripted engine."""
-    async with serve(StandIn().app()) as url:
-        yield url
+async def engine() -> AsyncIterator[str]:
+    """An engine that recites what these tests need."""
+    runner, url = await scripted.serve(load_script(Path(__file__).with_name("page_answers.toml")))
+    yield url
+    await runner.cleanup()
+
+
+@pytest.fixture
+def fleet_file(engine: str, tmp_path: Path) -> Path:
+    """Two experts; the page believes that one of them is no script."""
+    file = tmp_path / "fleet.toml"
+    experts = (("eco", "true"), ("phi4_fast", "false"))
+    file.write_text("".join(f'[[experts]]\nname = "{name}"\nurls = ["{engine}"]\nscripted = {said}\n' for name, said in experts))
+    return file
+
+
+@pytest.fixture
+def settings(broker: EmbeddedBroker, fleet_file: Path) -> Settings:
+    """Workers try again soon, and not often."""
+    return settings_for(broker, fleet_file, worker=WorkerSettings(retry_seconds=0.05, max_deliver=2))
+
+
+@pytest.fixture
+async def page_url(door: str) -> str:
+    """The base URL of an edge in front of a whole installation."""
+    return door
 
 
 @pytest.fixture
@@ -171,17 +197,27 @@ async def test_reload_in_mid_answer_goes_on(page: Page, page_url: str) -> None:
     assert await words(answer) == COUNTED
 
 
-@pytest.mark.parametrize("number", [11, 12])
-async def test_cut_in_mid_answer_resumes(page: Page, wire: Wire, wire_url: str, number: int) -> None:
-    """Cut inside a batch of two tokens and at its end: the first must not be shown twice."""
-    wire.hold_after(rf'"text":\s*"[^"]*\b{number} '.encode() + b"[^\n]*\n\n")
+#: A token's event that is no batch's last (it has no id), one that is, and half of one; each with the number that it says.
+PLACES = {
+    "inside a batch": rb'(?:\r\n|\n\n)event: token\ndata: [^\n]*"text":"(\d\d) "[^\n]*\n\n',
+    "after a batch": rb'id: \d+\nevent: token\ndata: [^\n]*"text":"(\d\d) "[^\n]*\n\n',
+    "inside an event": rb'event: token\ndata: [^\n]*"text":"(\d\d)',
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_cut_in_mid_answer_resumes(page: Page, wire: Wire, wire_url: str, place: str) -> None:
+    """Nothing is shown twice, and nothing is missing, wherever the cut is."""
+    wire.hold_after(PLACES[place])
     await page.goto(wire_url)
-    answer = await ask(page, "cuenta hasta 30")
-    await expect(answer.locator(".text")).to_contain_text(f"{number - 1} {number}")
+    answer = await ask(page, "cuenta a golpes hasta 60")
+    held = await seen(lambda: wire.held)
+    shown = int(held[1]) - (place == "inside an event")
+    await expect(answer.locator(".text")).to_have_text(re.compile(rf"\b{shown}\s*$"))
     wire.cut()
     await until(answer, "done")
     assert wire.cuts == 1
-    assert await words(answer) == COUNTED
+    assert await words(answer) == " ".join(map(str, range(1, 61)))
 
 
 async def test_error_in_mid_answer_is_never_shown_as_a_finished_answer(page: Page, page_url: str, asked: list[dict]) -> None:
@@ -231,20 +267,24 @@ async def test_connection_lost_for_good_is_an_error_and_can_be_taken_up_again(pa
 
 @pytest.mark.parametrize("bypass_csp", [False, True])
 async def test_hostile_answer_does_nothing(context: BrowserContext, page_url: str, bypass_csp: bool) -> None:
-    """Neither with the content security policy nor with the sanitizer alone."""
+    """Neither with the content security policy nor with the sanitizer alone, and no other host hears of it."""
     assert context.browser is not None
     page = await (await context.browser.new_context(bypass_csp=bypass_csp)).new_page()
+    hosts: set[str] = set()
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
     await page.goto(page_url)
     answer = await ask(page, "xss")
     await until(answer, "done")
     await expect(answer.locator(".text")).to_contain_text("Fin del ataque")
     assert await page.evaluate("window.pwned") is None
     harm = """box => [...box.querySelectorAll("*")].filter(node =>
-        ["SCRIPT", "IMG", "SVG", "IFRAME", "STYLE", "FORM"].includes(node.tagName.toUpperCase())
+        ["SCRIPT", "IMG", "SVG", "IFRAME", "STYLE", "FORM", "LINK", "BASE", "VIDEO", "INPUT", "BUTTON"].includes(node.tagName.toUpperCase())
         || /^\\s*javascript:/i.test(node.getAttribute("href") ?? "")
         || node.getAttributeNames().some(name => name.startsWith("on") || name === "style")
         || node.classList.contains("problem")).map(node => node.outerHTML)"""
     assert await answer.locator(".text").evaluate(harm) == []
+    await expect(answer.get_by_role("link", name="una foto")).to_have_attribute("href", "http://elsewhere.test/markdown.png")
+    assert hosts == {urlsplit(page_url).netloc}
 
 
 async def test_language_switch(page: Page, page_url: str) -> None:

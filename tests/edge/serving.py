@@ -16,7 +16,7 @@ T = "T"
 FLEET = Fleet.model_validate(
     {
         "experts": [
-            {"name": "plain", "urls": ["http://h:1"], "scripted": True},
+            {"name": "plain", "urls": ["http://h:1"], "scripted": True, "tools": True},
             {"name": "painter", "urls": ["http://h:2"], "modalities": ["text", "image"]},
             {"name": "retired", "urls": ["http://h:3"], "active": False},
         ]
@@ -34,10 +34,12 @@ def doorway(turns: FakeTurns, edge: EdgeSettings | None = None, auth: AuthSettin
 
 
 @asynccontextmanager
-async def client(turns: FakeTurns, edge: EdgeSettings | None = None, auth: AuthSettings | None = None) -> AsyncIterator[ClientSession]:
-    """A session whose addresses are relative to a door onto *turns*."""
+async def client(
+    turns: FakeTurns, edge: EdgeSettings | None = None, auth: AuthSettings | None = None, *, cancels: bool = True
+) -> AsyncIterator[ClientSession]:
+    """A session whose addresses are relative to a door onto *turns*; unless it *cancels*, handlers do not hear that a client left."""
     # As ``app.serve`` does it, but on a free port.
-    runner = web.AppRunner(build(doorway(turns, edge, auth)), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+    runner = web.AppRunner(build(doorway(turns, edge, auth)), handler_cancellation=cancels, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0]

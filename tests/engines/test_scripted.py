@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from capibara_flow.domain.fleet import Expert
 from capibara_flow.engines.build import build_engine
-from capibara_flow.engines.script import Answer, Fail, Script, load_script, rest_of
+from capibara_flow.engines.script import MOST_COUNTED, Answer, Fail, Script, load_script, rest_of
 from capibara_flow.engines.scripted import serve
 from capibara_flow.errors import EngineBroke, EngineBusy
 from capibara_flow.ports import ChatEngine, Finish, Piece, Tally, Text, ToolFragment
@@ -67,6 +67,24 @@ async def test_the_first_answer_that_fits_is_given(engine: ChatEngine) -> None:
     assert [piece.text for piece in pieces[:5] if isinstance(piece, Text)] == ["one", " two", " three", " four", " five"]
     assert pieces[-2:] == [Tally(2, 5), Finish("stop")]
     assert text_in(await asked(engine, user("Anything else?"))) == "I have no line for that."
+
+
+@pytest.mark.parametrize(("asked", "last"), [("3", 3), ("0", 0), ("٣", 3), ("three", 0), ("9" * 5000, MOST_COUNTED)])
+def test_an_answer_counts_as_far_as_it_is_asked_to(asked: str, last: int) -> None:
+    answer = Answer(when=r"up to (\w+)", counts=True)
+    assert answer.spoken(f"Please go UP TO {asked}!") == tuple(f"{number} " for number in range(1, last + 1))
+
+
+def test_tokens_of_a_burst_are_due_together_and_bursts_as_often_as_their_tokens_were() -> None:
+    single, burst = Answer(delay_ms=40), Answer(delay_ms=40, burst=3)
+    assert [round(single.due(index) * 1000) for index in range(4)] == [40, 80, 120, 160]
+    assert [round(burst.due(index) * 1000) for index in range(7)] == [40, 40, 40, 160, 160, 160, 280]
+    assert Answer().due(100) == 0
+
+
+async def test_a_count_can_be_continued(engine: ChatEngine) -> None:
+    pieces = await asked(engine, user("up to 5"), {"role": "assistant", "content": "1 2 "})
+    assert (text_in(pieces), pieces[-1]) == ("3 4 5 ", Finish("stop"))
 
 
 async def test_a_limit_cuts(engine: ChatEngine) -> None:
@@ -143,7 +161,7 @@ async def test_nonsense_is_refused(url: str, body: bytes) -> None:
 
 @given(st.text(max_size=60), st.integers(0, 60))
 def test_a_text_in_tokens_can_be_continued_from_anywhere(text: str, cut: int) -> None:
-    tokens = Answer(text=text).spoken
+    tokens = Answer(text=text).spoken("")
     start, rest = rest_of(tokens, text[:cut])
     assert "".join(tokens) == text
     assert text[:cut] + "".join(rest) == text
@@ -160,7 +178,10 @@ def test_another_beginning_is_answered_from_the_start() -> None:
         ("[[answer]\n", "not TOML"),
         ("[[answer]]\nwhen = '('\n", "not a regular expression"),
         ("[[answer]]\nfoo = 1\n", "foo"),
-        ("[[answer]]\ntext = 'a'\ntokens = ['b']\n", "either text or tokens"),
+        ("[[answer]]\ntext = 'a'\ntokens = ['b']\n", "one of text, tokens and counts"),
+        ("[[answer]]\nwhen = '(a)'\ntext = 'a'\ncounts = true\n", "one of text, tokens and counts"),
+        ("[[answer]]\nwhen = 'a'\ncounts = true\n", "needs a group"),
+        ("[[answer]]\nburst = 0\n", "burst"),
         ("[[answer]]\nfail = { before = 200 }\n", "before"),
     ],
 )

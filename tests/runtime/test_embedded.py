@@ -12,8 +12,9 @@ from pathlib import Path
 import nats
 import pytest
 
+from capibara_flow.errors import CannotStart
 from capibara_flow.runtime import embedded
-from capibara_flow.runtime.embedded import CannotStart, EmbeddedBroker, greeting
+from capibara_flow.runtime.embedded import EmbeddedBroker, greeting
 from capibara_flow.runtime.leash import leashed
 
 CONFIG = """

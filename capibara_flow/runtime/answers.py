@@ -13,9 +13,9 @@ import orjson
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
-from capibara_flow.errors import BrokerUnavailable, LeaseLost
+from capibara_flow.errors import BrokerUnavailable, LeaseLost, TooLarge
 from capibara_flow.runtime.client import TokenClient, encoded, status
-from capibara_flow.runtime.output import last_message, stored
+from capibara_flow.runtime.output import Stored, fits, last_message, stored
 from capibara_flow.telemetry import log
 from topics.output import Output, parse
 
@@ -24,32 +24,50 @@ _WRONG_SEQUENCE = 10071
 _MAX_BATCH = 256 * 1024  # bytes; the broker's default limit of a message is 1 MiB
 _PATIENCE = 15.0  # seconds that an answer waits for the broker: an election of a new leader takes 5
 _STUCK = 3.0  # seconds without an acknowledgement before we look what became of a batch
+_WATCH = 1.0  # seconds between looks for such batches
 
 
 class FencedAnswer:
     """A branch that is ours; see ``ports.Answer``."""
 
-    def __init__(self, hub: "FencedAnswers", turn: str, branch: str, lease: int, said: Sequence[Output]) -> None:
-        self.said = said
+    def __init__(self, hub: "FencedAnswers", turn: str, branch: str) -> None:
+        self.said: Sequence[Output] = ()
         self.turn = turn
         self.cancelled = False
+        self.unsure = False
         self._scope: asyncio.Timeout | None = None
         self._hub = hub
-        self._token, self._reply = hub.register(self)
+        self._token, self._reply = hub.expect(self)
+        self._name = self._reply
         self._subject = f"cf.out.{turn}.data.{branch}"
-        self._headers = encoded({_EXPECTED: str(lease), _EXPECTED_SUBJECT: f"cf.out.{turn}.lease.{branch}"})
+        self._lease_subject = f"cf.out.{turn}.lease.{branch}"
+        self._lease = self._stored = 0
+        self._headers = b""
         self._lines: list[bytes] = []
         self._flying: bytes | None = None
-        self._since = 0.0
-        self._first_sent = 0.0
+        self._since = self._first_sent = 0.0
         self._error: Exception | None = None
         self._moved = asyncio.Event()
+        self._closed = False
+
+    async def take(self) -> None:
+        """Become the owner, and learn what an owner before us said; raises ``LeaseLost``."""
+        lease, taken_over = await self._hub.take_lease(self._lease_subject, self._name)
+        self._own(lease)
+        if taken_over:
+            messages = await self._hub.everything(self._subject, 0)
+            self.said = tuple(parse(line) for message in messages for line in message.data.split(b"\n"))
+            self._stored = messages[-1].sequence if messages else 0
+
+    def _own(self, lease: int) -> None:
+        self._lease = lease
+        self._headers = encoded({_EXPECTED: str(lease), _EXPECTED_SUBJECT: self._lease_subject})
 
     def cancel(self) -> None:
-        """Somebody asks the turn to stop."""
-        self.cancelled = True
-        if self._scope is not None:
+        """Somebody asks the turn to stop; asking twice is asking once."""
+        if self._scope is not None and not self.cancelled:
             self._scope.reschedule(self._hub.now())
+        self.cancelled = True
 
     @asynccontextmanager
     async def until_cancelled(self) -> AsyncIterator[None]:
@@ -67,7 +85,10 @@ class FencedAnswer:
         while self._error is None and len(self._lines) > 4096:
             await self._wait()
         self._raise()
-        self._lines.append(output.line())
+        line = output.line()
+        if len(line) > _MAX_BATCH and not fits(self._hub.client, line):
+            raise TooLarge(f"an output of {len(line)} bytes is more than the broker takes at once")
+        self._lines.append(line)
         if self._flying is None:
             await self.send()
 
@@ -95,44 +116,63 @@ class FencedAnswer:
         if self._flying is None:
             return
         self._since = self._hub.now()
-        await self._hub.client.send(self._subject, self._flying, reply=self._reply, headers=self._headers)
+        try:
+            await self._hub.client.send(self._subject, self._flying, reply=self._reply, headers=self._headers)
+        except NatsError as error:  # no connection, and no room to keep it: the watchdog tries again
+            log.warning("output_delayed", turn=self.turn, error=repr(error))
 
     async def acknowledge(self, headers: bytes, data: bytes) -> None:
         """The broker's word on the batch in flight."""
         if self._flying is None or status(headers):
             return  # a status means no stream, or no leader for now: the watchdog tries again
-        error = orjson.loads(data).get("error")
-        if error is not None and error["err_code"] != _WRONG_SEQUENCE:
+        answer = orjson.loads(data)
+        error = answer.get("error")
+        if error is None:
+            await self._done(answer["seq"])
+        elif error["err_code"] == _WRONG_SEQUENCE:
+            self._fail(LeaseLost(f"branch of {self.turn} was taken over: {error['description']}"))
+        else:  # for instance "in process" during an election: the watchdog looks again
             log.warning("output_refused", turn=self.turn, error=error["description"])
-            return  # for instance "in process" during an election: the watchdog looks again
-        if error is not None:
-            self._error = LeaseLost(f"branch of {self.turn} was taken over: {error['description']}")
+
+    async def _done(self, sequence: int) -> None:
+        """The batch in flight is stored."""
+        self._stored = sequence
         self._flying = None
-        if self._error is None and self._lines:
+        if self._lines:
             await self.send()
         self._moved.set()
 
+    def _fail(self, error: Exception) -> None:
+        self._error, self._flying = error, None
+        self._moved.set()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether an acknowledgement is overdue."""
+        return self._flying is not None and self._hub.now() - self._since > _STUCK
+
     async def look_again(self) -> None:
         """No acknowledgement for long: see whether the batch was stored, and publish it again if it was not."""
-        if self._flying is None or self._hub.now() - max(self._since, self._hub.connected_at) < _STUCK:
-            return
         if self._hub.now() - self._first_sent > _PATIENCE:
-            self._error = BrokerUnavailable("the broker did not store our output in time")
-            self._moved.set()
-            return
-        last = await last_message(self._hub.client, self._subject)
-        if self._flying is None:
-            return
-        if last is not None and last.data == self._flying:
-            self._flying = None
-            if self._lines:
-                await self.send()
-            self._moved.set()
-        else:
-            await self._publish()
+            self._fail(BrokerUnavailable("the broker did not store our output in time"))
+        elif self._hub.client.is_connected:
+            # From here on no word on what we sent so far counts, and with a new lease none of it will be stored any more.
+            self._hub.forget(self._token)
+            try:
+                self._own(await self._hub.renew_lease(self._lease_subject, self._name, self._lease))
+            except LeaseLost as error:
+                self._fail(error)
+                return
+            found = await self._hub.everything(self._subject, self._stored)
+            if self._closed:
+                return
+            self._token, self._reply = self._hub.expect(self)
+            same = next((message.sequence for message in found if message.data == self._flying), None)
+            await (self._publish() if same is None else self._done(same))
 
     def close(self) -> None:
         """Forget the branch; it stays ours until somebody takes the lease."""
+        self._closed = True
         self._hub.forget(self._token)
 
     async def _wait(self) -> None:
@@ -149,9 +189,9 @@ class FencedAnswers:
 
     def __init__(self, client: TokenClient, owner: str) -> None:
         self.client = client
-        self.connected_at = 0.0
-        self._owner = owner.encode()
-        self._answers: dict[str, FencedAnswer] = {}
+        self._owner = owner
+        self._open: set[FencedAnswer] = set()
+        self._expected: dict[str, FencedAnswer] = {}
         self._count = 0
         self._inbox = ""
         self._watchdog: asyncio.Task[None] | None = None
@@ -171,34 +211,43 @@ class FencedAnswers:
 
     @asynccontextmanager
     async def open(self, turn: str, branch: str) -> AsyncIterator[FencedAnswer]:
-        (lease, taken_over), cancel = await asyncio.gather(
-            self._take_lease(turn, branch), last_message(self.client, f"cf.ctl.{turn}.cancel", stream="CF_CTL")
-        )
-        said = await self._said(turn, branch) if taken_over else ()
-        answer = FencedAnswer(self, turn, branch, lease, said)
-        if cancel is not None:
-            answer.cancel()
+        answer = FencedAnswer(self, turn, branch)
+        self._open.add(answer)  # a cancellation that comes while we look for one counts
         try:
+            await asyncio.gather(answer.take(), self._look_for_cancel(answer))
             yield answer
         finally:
+            self._open.discard(answer)
             answer.close()
 
-    async def _take_lease(self, turn: str, branch: str) -> tuple[int, bool]:
+    async def take_lease(self, subject: str, name: str) -> tuple[int, bool]:
         """The sequence of our lease, and whether somebody held one before us; raises ``LeaseLost``."""
-        subject = f"cf.out.{turn}.lease.{branch}"
-        first = await self._bid(subject, 0)  # nearly always nobody was here before
+        first = await self._bid(subject, name, 0)  # nearly always nobody was here before
         if first is not None:
             return first, False
         before = await last_message(self.client, subject)
-        lease = await self._bid(subject, before.sequence if before else 0)
+        lease = await self._bid(subject, name, before.sequence if before else 0)
         if lease is None:
             raise LeaseLost(f"somebody else took {subject} at the same time")
         return lease, True
 
-    async def _bid(self, subject: str, expected: int) -> int | None:
+    async def renew_lease(self, subject: str, name: str, lease: int) -> int:
+        """A new lease in place of our old one; raises ``LeaseLost``."""
+        renewed = await self._bid(subject, name, lease)
+        if renewed is None:
+            last = await last_message(self.client, subject)
+            if last is None or last.data != self._signed(name):  # else it is a bid of ours whose answer got lost
+                raise LeaseLost(f"somebody else took {subject}")
+            renewed = last.sequence
+        return renewed
+
+    def _signed(self, name: str) -> bytes:
+        return f"{self._owner} {name}".encode()
+
+    async def _bid(self, subject: str, name: str, expected: int) -> int | None:
         """Write our name as the lease that follows *expected*: its sequence, or none when another one followed."""
         try:
-            reply = await self.client.request(subject, self._owner, timeout=5, headers={_EXPECTED: str(expected)})
+            reply = await self.client.request(subject, self._signed(name), timeout=5, headers={_EXPECTED: str(expected)})
         except NoRespondersError as error:
             raise BrokerUnavailable("the output stream is not there") from error
         except (NatsError, TimeoutError) as error:
@@ -210,32 +259,38 @@ class FencedAnswers:
             raise BrokerUnavailable(f"no lease: {refusal['description']}")
         return int(answer["seq"])
 
-    async def _said(self, turn: str, branch: str) -> tuple[Output, ...]:
-        """Everything on the branch: complete, because the lease already refuses any earlier owner."""
-        subject = f"cf.out.{turn}.data.{branch}"
+    async def everything(self, subject: str, after: int) -> list[Stored]:
+        """All that is stored of *subject* above *after*: complete, because the lease already refuses any earlier owner."""
         last = await last_message(self.client, subject)
-        said: list[Output] = []
-        after = 0
+        found: list[Stored] = []
+        end = self.now() + _PATIENCE
         while last is not None and after < last.sequence:
             # A replica that lags behind answers short: ask until the leader's last message has come.
-            messages = await stored(self.client, subject, after)
-            for message in messages:
-                said += map(parse, message.data.split(b"\n"))
-                after = message.sequence
-            if not messages:
+            if messages := await stored(self.client, subject, after):
+                found += messages
+                after = messages[-1].sequence
+            elif self.now() > end:
+                raise BrokerUnavailable(f"{subject} cannot be read to its end")
+            else:
                 await asyncio.sleep(0.05)
-        return tuple(said)
+        return found
 
-    def register(self, answer: FencedAnswer) -> tuple[str, str]:
-        """A token for *answer*, and the reply subject that reaches it."""
+    async def _look_for_cancel(self, answer: FencedAnswer) -> None:
+        """Whether somebody asked for it when we could not hear."""
+        if await last_message(self.client, f"cf.ctl.{answer.turn}.cancel", stream="CF_CTL"):
+            answer.cancel()
+        answer.unsure = False
+
+    def expect(self, answer: FencedAnswer) -> tuple[str, str]:
+        """A token for the acknowledgements of *answer*, and the reply subject that brings them."""
         self._count += 1
         token = str(self._count)
-        self._answers[token] = answer
+        self._expected[token] = answer
         return token, f"{self._inbox}.{token}"
 
     def forget(self, token: str) -> None:
         """Route no more acknowledgements to it."""
-        self._answers.pop(token, None)
+        self._expected.pop(token, None)
 
     @staticmethod
     def now() -> float:
@@ -243,23 +298,31 @@ class FencedAnswers:
         return asyncio.get_running_loop().time()
 
     async def _acknowledged(self, subject: bytes, headers: bytes, data: bytes) -> None:
-        if answer := self._answers.get(subject.rsplit(b".", 1)[1].decode()):
+        if answer := self._expected.get(subject.rsplit(b".", 1)[1].decode()):
             await answer.acknowledge(headers, data)
 
     async def _cancelled(self, subject: bytes, _: bytes, __: bytes) -> None:
         turn = subject.decode().split(".")[2]
-        for answer in self._answers.values():
+        for answer in self._open:
             if answer.turn == turn:
                 answer.cancel()
 
     async def _watch(self) -> None:
         """Look after batches that were never acknowledged; costs nothing while all goes well."""
+        reconnects = self.client.stats["reconnects"]
         while True:
-            await asyncio.sleep(1)
-            if not self.client.is_connected:
-                self.connected_at = self.now() + 1
-            for answer in list(self._answers.values()):
-                try:
-                    await answer.look_again()
-                except (NatsError, TimeoutError, BrokerUnavailable) as error:
-                    log.warning("output_delayed", turn=answer.turn, error=repr(error))
+            await asyncio.sleep(_WATCH)
+            if self.client.stats["reconnects"] != reconnects:
+                reconnects = self.client.stats["reconnects"]
+                for answer in self._open:
+                    answer.unsure = True
+            await asyncio.gather(*(self._look_after(answer) for answer in self._open if answer.stuck or answer.unsure))
+
+    async def _look_after(self, answer: FencedAnswer) -> None:
+        try:
+            if answer.stuck:
+                await answer.look_again()
+            if answer.unsure:
+                await self._look_for_cancel(answer)
+        except (NatsError, TimeoutError, BrokerUnavailable) as error:
+            log.warning("output_delayed", turn=answer.turn, error=repr(error))

@@ -1,7 +1,8 @@
 """The door's side of the broker: publish a turn, follow its output from any machine, stop it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import stamina
@@ -80,6 +81,8 @@ class Follower:
                 found += await self._heal()
             elif verdict is Verdict.DELIVER:
                 found.append(_batch(sequence, data))
+            if found and found[-1].final:
+                break
         return found
 
     async def _heal(self) -> list[Batch]:
@@ -92,9 +95,13 @@ class Follower:
             except BrokerUnavailable as error:
                 log.warning("output_unreadable", turn=self._turn, error=str(error))
                 return found
-            fresh = [_batch(each.sequence, each.data) for each in messages if self._cursor.stored(each.sequence)]
-            found += fresh
-            if not fresh or fresh[-1].final:
+            before = self._cursor.last
+            for each in messages:
+                if self._cursor.stored(each.sequence):
+                    found.append(_batch(each.sequence, each.data))
+                    if found[-1].final:
+                        return found
+            if self._cursor.last == before:
                 return found
 
     async def _receive(self, _: bytes, headers: bytes, data: bytes) -> None:
@@ -123,18 +130,23 @@ class NatsTurns:
             await follower.stop()
             raise
         self._opened += 1
-        return self._reading(follower, backfill=False)
+        reading = self._reading(follower, backfill=False)
+        await anext(reading)  # begun, it tidies up even if nobody ever reads it
+        return reading
 
     async def follow(self, turn: str, after: int = 0) -> AsyncIterator[Sequence[Batch]]:
         follower = Follower(self._client, turn, "main", after)
         await follower.start()
-        await self._client.flush()
-        async for batches in self._reading(follower, backfill=True):
-            yield batches
+        async with aclosing(self._reading(follower, backfill=True)) as reading:
+            await anext(reading)
+            async for batches in reading:
+                yield batches
 
-    async def _reading(self, follower: Follower, *, backfill: bool) -> AsyncIterator[Sequence[Batch]]:
+    async def _reading(self, follower: Follower, *, backfill: bool) -> AsyncGenerator[Sequence[Batch], None]:
+        """What *follower* finds, after an empty beginning."""
         self._following += 1
         try:
+            yield ()
             async for batches in follower.batches(backfill=backfill):
                 yield batches
         finally:

@@ -8,11 +8,12 @@ from typing import Any
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
 
 from capibara_flow.runtime import connection, provision
 from capibara_flow.runtime.answers import FencedAnswers
-from capibara_flow.runtime.client import TokenClient
+from capibara_flow.runtime.client import Hear, TokenClient
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.hops import Handler, Stage
 from capibara_flow.runtime.output import stored
@@ -135,12 +136,34 @@ class Line(TokenClient):
         self.swallow: Callable[[str, bytes], bool] = lambda subject, body: False
         #: Gets every message that comes on a subscription with a callback, and the callback.
         self.deliver: Callable[[Msg, Callable[[Msg], Awaitable[None]]], Awaitable[None]] = _deliver
+        #: Gets every message for an ear, and the ear.
+        self.overhear: Callable[[bytes, bytes, bytes, Hear], Awaitable[None]] = _hear
+        #: What ``swallow`` kept from ``send``; ``deliver_late`` sends it after all.
+        self.lost: list[tuple[str, bytes, str, bytes]] = []
         #: Awaited with the subject of every request that was just answered.
         self.answered: Callable[[str], Awaitable[None]] = _nothing
 
     async def publish(self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, str] | None = None) -> None:
         if not self.swallow(subject, payload):
             await super().publish(subject, payload, reply, headers)
+
+    async def send(self, subject: str, payload: bytes, *, reply: str, headers: bytes) -> None:
+        if self.swallow(subject, payload):
+            self.lost.append((subject, payload, reply, headers))
+        else:
+            await super().send(subject, payload, reply=reply, headers=headers)
+
+    async def deliver_late(self) -> None:
+        """Let what was lost arrive, as it was."""
+        lost, self.lost = self.lost, []
+        for subject, payload, reply, headers in lost:
+            await super().send(subject, payload, reply=reply, headers=headers)
+
+    async def listen(self, subject: str, hear: Hear) -> Subscription:
+        async def heard(subject: bytes, headers: bytes, data: bytes) -> None:
+            await self.overhear(subject, headers, data, hear)
+
+        return await super().listen(subject, heard)
 
     async def request(self, subject: str, payload: bytes = b"", **options: Any) -> Msg:
         message = await super().request(subject, payload, **options)
@@ -156,6 +179,10 @@ class Line(TokenClient):
 
 async def _deliver(message: Msg, callback: Callable[[Msg], Awaitable[None]]) -> None:
     await callback(message)
+
+
+async def _hear(subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
+    await ear(subject, headers, data)
 
 
 async def _nothing(subject: str) -> None:

@@ -1,0 +1,391 @@
+"""The fast lane beside ordinary NATS, and what it needs of nats-py."""
+
+import asyncio
+import inspect
+import json
+import string
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.errors import ConnectionClosedError, OutboundBufferLimitError
+from nats.protocol.parser import Parser
+
+from capibara_flow.runtime import connection
+from capibara_flow.runtime.client import TokenClient, description, encoded, header, status
+from tests.runtime.rig import Rig, flushed
+from tests.waiting import until
+from topics.streams import Layout
+
+
+class Ear:
+    """Remembers what it heard."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[bytes, bytes, bytes]] = []
+
+    async def __call__(self, subject: bytes, headers: bytes, data: bytes) -> None:
+        self.heard.append((subject, headers, data))
+
+    @property
+    def data(self) -> list[bytes]:
+        return [data for _, _, data in self.heard]
+
+
+@pytest.fixture
+async def client(rig: Rig) -> TokenClient:
+    return await rig.client("edge")
+
+
+def inbox(name: str = "x") -> str:
+    return f"_INBOX_edge.{name}"
+
+
+Publish = Callable[..., Awaitable[None]]
+
+
+@pytest.fixture
+async def publish(rig: Rig) -> Publish:
+    """Publish from another connection, and return when the broker has it."""
+    plain = Client()
+    await plain.connect(connection.addresses(rig.settings, "caller"), **connection.options(rig.settings, "caller"))
+    rig.clients.append(plain)
+
+    async def publish(subject: str, body: bytes, headers: dict[str, str] | None = None) -> None:
+        await plain.publish(subject, body, headers=headers)
+        await flushed(plain)
+
+    return publish
+
+
+# --- listening -------------------------------------------------------------------------------------------------
+
+# An edge may listen to cf.live, which the broker publishes when a caller's output is stored: cf.out with headers of its own.
+OUT, LIVE = "cf.out.T1.data.main", "cf.live.T1.main"
+
+
+async def test_listening_gets_headers_and_data_as_they_came(client: TokenClient, publish: Publish):
+    ear = Ear()
+    await client.listen(LIVE, ear)
+    await flushed(client)
+    await publish(OUT, b"one")
+    await publish(OUT, b"two", {"Some": "header"})
+    await until(lambda: len(ear.heard) == 2)
+    [(subject, first, one), (_, second, two)] = ear.heard
+    assert (subject, one, two) == (LIVE.encode(), b"one", b"two")
+    assert (header(first, b"Nats-Sequence"), header(first, b"Nats-Last-Sequence")) == (b"1", b"0")
+    assert (header(second, b"Nats-Sequence"), header(second, b"Nats-Last-Sequence")) == (b"2", b"1")
+    assert (header(first, b"Some"), header(second, b"Some")) == (b"", b"header")
+    assert second.startswith(b"NATS/1.0\r\n")
+    assert second.endswith(b"\r\n\r\n")
+
+
+async def test_a_message_without_headers_has_empty_ones(rig: Rig):
+    client, ear = await rig.client("router"), Ear()
+    edge = await rig.client("edge")
+    await client.listen("cf.ctl.*.cancel", ear)
+    await flushed(client)
+    await edge.publish("cf.ctl.T1.cancel", b"stop")
+    await until(lambda: ear.heard)
+    assert ear.heard == [(b"cf.ctl.T1.cancel", b"", b"stop")]
+
+
+async def test_ordinary_subscriptions_and_requests_work_on_the_same_connection(client: TokenClient, publish: Publish):
+    ear = Ear()
+    seen: list[Msg] = []
+
+    async def see(message: Msg) -> None:
+        seen.append(message)
+
+    await client.listen(LIVE, ear)
+    await client.subscribe(LIVE, cb=see)
+    waiting = await client.subscribe("cf.live.T2.main")
+    await flushed(client)
+    await publish(OUT, b"a", {"Some": "header"})
+    await publish("cf.out.T2.data.main", b"b")
+    reply = await client.request("$JS.API.STREAM.MSG.GET.CF_OUT", b'{"seq": 1}', timeout=10)
+    await until(lambda: ear.heard and seen)
+    assert (await waiting.next_msg(timeout=10)).data == b"b"
+    assert ear.data == [seen[0].data] == [b"a"]
+    assert (seen[0].headers or {})["Some"] == "header"
+    assert b'"seq":1' in reply.data
+
+
+async def test_many_messages_come_in_order(client: TokenClient, publish: Publish, rig: Rig):
+    ear = Ear()
+    await client.listen(LIVE, ear)
+    await flushed(client)
+    plain = await rig.client("caller")
+    for number in range(3000):
+        await plain.publish(OUT, str(number).encode())
+    await until(lambda: len(ear.heard) == 3000)
+    assert ear.data == [str(number).encode() for number in range(3000)]
+
+
+async def test_after_a_reconnect_listening_goes_on(rig: Rig, client: TokenClient, publish: Publish):
+    ear, deaf = Ear(), Ear()
+    await client.listen(LIVE, ear)
+    subscription = await client.listen(LIVE, deaf)
+    await flushed(client)
+    await publish(OUT, b"before")
+    await until(lambda: ear.heard and deaf.heard)
+    await rig.restart()
+    await until(lambda: client.stats["reconnects"] == 1 and client.is_connected)
+    await flushed(client)
+    await client.deafen(subscription)
+    await flushed(client)
+    await publish(OUT, b"after")
+    await until(lambda: len(ear.heard) == 2)
+    assert ear.data == [b"before", b"after"]
+    assert deaf.data == [b"before"]
+
+
+async def test_deaf_ears_hear_nothing(client: TokenClient, publish: Publish):
+    ear, other = Ear(), Ear()
+    subscription = await client.listen(LIVE, ear)
+    await client.listen(LIVE, other)
+    await client.deafen(subscription)
+    await client.deafen(subscription)  # twice is once
+    await flushed(client)
+    await publish(OUT, b"a")
+    await until(lambda: other.heard)
+    assert not ear.heard
+    assert list(client._ears) == list(client._subs)
+    assert len(client._ears) == 1
+
+
+async def test_whoever_was_deafened_while_the_broker_was_away_stays_so(rig: Rig, client: TokenClient, publish: Publish):
+    ear, other = Ear(), Ear()
+    subscription = await client.listen(LIVE, ear)
+    await client.listen(LIVE, other)
+    await rig.restart()  # our connections learn of it when we wait for the next time
+    await client.force_reconnect()
+    await client.deafen(subscription)
+    await until(lambda: client.is_connected)
+    await flushed(client)
+    await until(lambda: rig.clients[-1].is_connected)
+    await publish(OUT, b"a")
+    await until(lambda: other.heard)
+    assert not ear.heard
+    assert len(client._subs) == len(client._ears) == 1
+
+
+async def test_deafening_after_the_end_is_no_fault(client: TokenClient):
+    subscription = await client.listen(LIVE, Ear())
+    await client.close()
+    await client.deafen(subscription)
+    assert not client._ears
+
+
+async def test_an_ear_that_fails_is_told_and_harms_nobody(rig: Rig, publish: Publish):
+    errors: list[Exception] = []
+
+    async def failed(error: Exception) -> None:
+        errors.append(error)
+
+    client = TokenClient()
+    options = connection.options(rig.settings, "edge") | {"error_cb": failed}
+    await client.connect(connection.addresses(rig.settings, "edge"), **options)
+    rig.clients.append(client)
+    ear = Ear()
+
+    async def fail(subject: bytes, headers: bytes, data: bytes) -> None:
+        raise ValueError("an ear that hurts")
+
+    await client.listen(LIVE, fail)
+    await client.listen(LIVE, ear)
+    await flushed(client)
+    await publish(OUT, b"a")
+    await publish(OUT, b"b")
+    await until(lambda: len(ear.heard) == 2)
+    assert [str(error) for error in errors] == ["an ear that hurts"] * 2
+
+
+async def test_closing_without_a_broker_is_no_fault(rig: Rig):
+    client = await rig.client("caller")
+    await rig.restart(away=0)
+    await client.force_reconnect()
+    await client.send(OUT, b"a" * 1000, reply=client.new_inbox(), headers=encoded({}))
+    assert client.pending_data_size > 1000
+    await client.close()
+    assert client.is_closed
+    assert not client._subs
+
+
+async def test_closing_while_the_old_connection_ends_is_no_fault(client: TokenClient):
+    await client.force_reconnect()
+    await asyncio.sleep(0)  # the search for a broker waits for that end
+    await client.close()
+    assert client.is_closed
+
+
+@pytest.mark.parametrize("seconds", [0, 0.05, 0.2, 0.3])
+async def test_closing_ends_the_search_for_a_broker(rig: Rig, seconds: float):
+    clients = [await rig.client("caller") for _ in range(8)]
+    await asyncio.to_thread(rig.broker.kill)
+    for client in clients:
+        await until(lambda client=client: client.is_reconnecting)
+    await asyncio.sleep(seconds)  # so the search is in another place
+    searches = [client._reconnection_task for client in clients]
+    await asyncio.gather(*(client.close() for client in clients))
+    assert all(search is not None and search.done() for search in searches)
+
+
+async def test_closing_ends_a_search_that_overhears_it(client: TokenClient):
+    async def search() -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    client._reconnection_task = asyncio.create_task(search())
+    await asyncio.sleep(0)
+    await client.close()
+    assert client._reconnection_task.done()
+
+
+# --- sending ---------------------------------------------------------------------------------------------------
+
+
+async def test_an_ordinary_client_receives_what_is_sent(rig: Rig):
+    sender, plain = await rig.client("caller"), Client()
+    await plain.connect(connection.addresses(rig.settings, "observer"), **connection.options(rig.settings, "observer"))
+    rig.clients.append(plain)
+    subscription = await plain.subscribe(OUT)
+    await flushed(plain)
+    headers = {"Nats-Expected-Last-Subject-Sequence": "0", "Some": "header: with a colon", "Empty": ""}
+    reply = sender.new_inbox()
+    ear = Ear()
+    await sender.listen(reply, ear)
+    await sender.send(OUT, b"body\r\nof two lines", reply=reply, headers=encoded(headers))
+    message = await subscription.next_msg(timeout=10)
+    assert (message.subject, message.reply, message.data) == (OUT, reply, b"body\r\nof two lines")
+    assert message.headers == headers
+    await until(lambda: ear.heard)
+    assert [json.loads(data) for data in ear.data] == [{"stream": "CF_OUT", "seq": 1}]
+
+
+async def test_sending_is_refused_where_publishing_would_be(rig: Rig):
+    client = await rig.client("caller")
+    reply, headers = client.new_inbox(), encoded({})
+    await client.force_reconnect()
+    with pytest.raises(OutboundBufferLimitError):
+        await client.send(OUT, b"x" * (client._max_pending_size + 1), reply=reply, headers=headers)
+    await client.close()
+    with pytest.raises(ConnectionClosedError):
+        await client.send(OUT, b"a", reply=reply, headers=headers)
+
+
+async def test_what_is_sent_while_the_broker_is_away_arrives_afterwards(rig: Rig):
+    client, ear = await rig.client("caller"), Ear()
+    reply = client.new_inbox()
+    await client.listen(reply, ear)
+    await client.force_reconnect()
+    assert not client.is_connected
+    await client.send(OUT, b"a", reply=reply, headers=encoded({"Some": "header"}))
+    await until(lambda: ear.heard)
+    assert [json.loads(data) for data in ear.data] == [{"stream": "CF_OUT", "seq": 1}]
+
+
+# --- headers ---------------------------------------------------------------------------------------------------
+
+
+async def asked(client: TokenClient, subject: str, body: bytes) -> tuple[bytes, bytes]:
+    """Headers and data of the first answer to a request."""
+    ear, reply = Ear(), client.new_inbox()
+    subscription = await client.listen(reply, ear)
+    await client.publish(subject, body, reply=reply)
+    await until(lambda: ear.heard)
+    await client.deafen(subscription)
+    return ear.heard[0][1:]
+
+
+async def test_the_status_of_what_the_server_says_itself(rig: Rig, client: TokenClient, publish: Publish):
+    get = "$JS.API.DIRECT.GET.CF_OUT"
+    headers, _ = await asked(client, get, b'{"last_by_subj": "cf.out.T9.data.main"}')
+    assert (status(headers), description(headers)) == (b"404", "Message Not Found")
+    await publish(OUT, b"a", {"Some": "header"})
+    headers, data = await asked(client, get, b'{"seq": 1}')
+    assert (status(headers), data, header(headers, b"Nats-Sequence"), header(headers, b"Some")) == (b"", b"a", b"1", b"header")
+    ear, reply = Ear(), client.new_inbox()
+    await client.listen(reply, ear)
+    await client.publish(get, b'{"seq": 1, "next_by_subj": "cf.out.T1.data.main", "batch": 10}', reply=reply)
+    await until(lambda: len(ear.heard) == 2)
+    [(_, first, _), (_, last, _)] = ear.heard
+    assert (status(first), status(last), description(last)) == (b"", b"204", "EOB")
+    assert header(last, b"Nats-Num-Pending") == b"0"
+    await rig.admin.delete_stream("CF_OUT")
+    headers, data = await asked(client, get, b'{"seq": 1}')
+    assert (status(headers), description(headers), data) == (b"503", "", b"")
+
+
+names = st.text(string.ascii_letters + string.digits + "-_", min_size=1, max_size=20)
+values = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=40).map(str.strip)
+headers_of = st.dictionaries(names, values, max_size=8)
+
+
+@given(headers_of, names)
+def test_what_was_encoded_is_found(headers: dict[str, str], other: str):
+    raw = encoded(headers)
+    for name, value in headers.items():
+        assert header(raw, name.encode()) == value.encode()
+    assert status(raw) == b""
+    if other not in headers:
+        assert header(raw, other.encode()) == b""
+
+
+@given(
+    st.dictionaries(names, st.text(string.ascii_letters + string.digits + " :;,-_/", max_size=40).map(str.strip), min_size=1, max_size=8)
+)
+async def test_nats_py_reads_what_was_encoded(headers: dict[str, str]):
+    assert await Client()._process_headers(encoded(headers)) == headers
+
+
+@given(st.integers(100, 999), st.text(string.ascii_letters + " ", max_size=30), headers_of)
+def test_a_status_and_its_words_are_found(code: int, words: str, headers: dict[str, str]):
+    rest = encoded(headers).removeprefix(b"NATS/1.0")
+    raw = f"NATS/1.0 {code} {words}".encode() + rest
+    assert (status(raw), description(raw)) == (str(code).encode(), words)
+    assert all(header(raw, name.encode()) == value.encode() for name, value in headers.items())
+    bare = f"NATS/1.0 {code}".encode() + rest
+    assert (status(bare), description(bare)) == (str(code).encode(), "")
+
+
+@given(headers_of)
+def test_nothing_is_found_in_nothing(headers: dict[str, str]):
+    assert status(b"") == b""
+    assert all(header(b"", name.encode()) == b"" for name in headers)
+
+
+# --- nats-py ---------------------------------------------------------------------------------------------------
+
+
+def test_the_private_hooks_of_nats_py_are_still_there():
+    # TokenClient overrides `_process_msg`, to which the parser hands every message with its headers unread, and writes with
+    # `_send_command`. When this fails, nats-py changed and `TokenClient` must follow.
+    assert list(inspect.signature(Client._process_msg).parameters) == ["self", "sid", "subject", "reply", "data", "headers"]
+    assert inspect.iscoroutinefunction(Client._process_msg)
+    assert "await self.nc._process_msg(sid, subject, reply, payload, hdr)" in inspect.getsource(Parser.parse)
+    assert next(iter(inspect.signature(Client._send_command).parameters.values())).name == "self"
+    assert list(inspect.signature(Client._send_command).parameters)[1] == "cmd"
+    assert inspect.iscoroutinefunction(Client._send_command)
+    client = Client()
+    for attribute in (
+        "_flush_queue",
+        "_flush_pending",
+        "_pending_data_size",
+        "_max_pending_size",
+        "_subs",
+        "_error_cb",
+        "_reconnection_task",
+    ):
+        assert hasattr(client, attribute), attribute
+    assert "_id" in inspect.getsource(Subscription.__init__)
+
+
+def test_the_map_republishes_to_where_the_tests_listen():
+    assert Layout().named("CF_OUT").republish == ("cf.out.*.data.*", "cf.live.{{wildcard(1)}}.{{wildcard(2)}}")

@@ -1,6 +1,6 @@
 """The sockets that engines and the broker plug into."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -140,15 +140,33 @@ class Identity:
     tenant: str
 
 
+#: Takes a batch at once, without waiting; false: not now.
+Take = Callable[[Batch], bool]
+
+
+class Feed(Protocol):
+    """A turn's output: each batch once and in order, to the final one; waits for more. Closing it early lets all go."""
+
+    def __aiter__(self) -> AsyncIterator[Sequence[Batch]]: ...
+
+    def tap(self, take: Take) -> None:
+        """While the reader waits, *take* may get batches as they arrive, instead of waking the reader with them."""
+        ...
+
+    async def aclose(self) -> None:
+        """Read no more."""
+        ...
+
+
 class Turns(Protocol):
     """Opening, following and stopping turns."""
 
-    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> AsyncIterator[Sequence[Batch]]:
+    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> Feed:
         """Publish *command*, then follow its output; raises ``QueueFull`` or ``BrokerUnavailable`` if nothing was accepted."""
         ...
 
-    def follow(self, turn: str, after: int = 0) -> AsyncIterator[Sequence[Batch]]:
-        """The output after sequence *after*, each batch once and in order, to its final one; waits for more."""
+    async def follow(self, turn: str, after: int = 0) -> Feed:
+        """The output after sequence *after*."""
         ...
 
     async def exists(self, turn: str) -> bool:

@@ -1,6 +1,7 @@
 """Settings become engines, connections, workers' needs and the door: the only module that names concrete engines."""
 
 import dataclasses
+import gc
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -105,7 +106,15 @@ async def worker_needs(name: str, settings: Settings) -> AsyncIterator[dict[str,
 async def _edge(settings: Settings) -> None:
     async with connected(settings, "edge") as client:
         turns = NatsTurns(client, consumers(settings))
+        settle_in()
         await serve(Door(turns, settings.experts, settings.edge, settings.auth))
+
+
+def settle_in() -> None:
+    """Call when a process has started: what is there now stays, so let the collector neither look at it nor look often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 50, 50)
 
 
 def run_edge(settings: Settings) -> None:

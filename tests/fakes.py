@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from capibara_flow.errors import LeaseLost
-from capibara_flow.ports import Abilities, Batch, Finish, Identity, Piece, Tally, Text
+from capibara_flow.ports import Abilities, Batch, Finish, Identity, Piece, Take, Tally, Text
 from topics.chat import ChatRequest, RouteTurn
 from topics.output import Output
 
@@ -122,6 +122,20 @@ class FakeAnswers:
         return [output for answer in self.opened for output in answer.outputs]
 
 
+class FakeFeed:
+    """``ports.Feed`` over *batches*; a tap is never used."""
+
+    def __init__(self, batches: AsyncGenerator[Sequence[Batch], None]) -> None:
+        self.aclose = batches.aclose
+        self._batches = batches
+
+    def __aiter__(self) -> AsyncIterator[Sequence[Batch]]:
+        return self._batches
+
+    def tap(self, take: Take) -> None:
+        """Every batch waits for the reader."""
+
+
 class FakeTurns:
     """``ports.Turns`` in memory: a turn answers with *script*, a list of what is stored together; sequences begin at 11.
 
@@ -139,14 +153,17 @@ class FakeTurns:
         self.missing: dict[str, str] = {}
         self.closed = 0
 
-    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> AsyncIterator[Sequence[Batch]]:
+    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> "FakeFeed":
         if self.refusal:
             raise self.refusal
         self.opened.append((command, identity, deadline))
         self.stored.add(command.turn)
-        return self.follow(command.turn)
+        return await self.follow(command.turn)
 
-    async def follow(self, turn: str, after: int = 0) -> AsyncIterator[Sequence[Batch]]:
+    async def follow(self, turn: str, after: int = 0) -> "FakeFeed":
+        return FakeFeed(self._batches(turn, after))
+
+    async def _batches(self, turn: str, after: int) -> AsyncGenerator[Sequence[Batch], None]:
         try:
             for sequence, outputs in enumerate(self.script, 11):
                 if sequence > after:

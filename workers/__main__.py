@@ -29,6 +29,7 @@ async def run(names: tuple[str, ...], settings: Settings) -> None:
             await import_module(f"workers.{name}").build(broker, **needs).start()
             # Leaving in reverse order: first the hands come to rest, then what they need is closed.
             stack.push_async_callback(broker.stop)
+        wiring.settle_in()
         telemetry.log.info("workers_ready", workers=names)
         await stop.wait()
         telemetry.log.info("workers_stopping", workers=names)

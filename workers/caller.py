@@ -1,7 +1,8 @@
 """CallExpert in; the expert's answer, word by word, and ExpertCalled out."""
 
+import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 
 from faststream import FastStream
@@ -9,7 +10,7 @@ from faststream.nats import NatsBroker
 
 from capibara_flow.domain.answering import Account, burnt, must_reset
 from capibara_flow.errors import UnknownExpert
-from capibara_flow.ports import Answers, ChatEngine
+from capibara_flow.ports import Answer, Answers, ChatEngine, Piece
 from capibara_flow.runtime.hops import Stage, attempt
 from capibara_flow.telemetry import FIRST_TOKEN_SECONDS, TOKENS
 from topics.chat import CallExpert
@@ -48,10 +49,9 @@ def build(
             )
             if must_reset(answer.said):
                 await answer.write(Reset(turn=command.turn, reason="the answer starts anew after a fault"))
-            async with answer.until_cancelled(), aclosing(engines[command.expert].stream(command.request)) as pieces:
-                async for piece in pieces:
-                    if output := account.take(piece, clock()):
-                        await answer.write(output)
+            async with answer.until_cancelled():
+                # In a task of its own a piece does not pass through all that stands around a handler.
+                await asyncio.create_task(_relay(engines[command.expert].stream(command.request), account, answer, clock))
             await answer.finish(account.usage, account.done(clock()))
         await stage.say(account.event(clock()))
         _measure(command.expert, account)
@@ -59,6 +59,13 @@ def build(
     for consumer, permits in consumers.items():
         call = stage.takes(consumer, permits=permits)(call)
     return FastStream(broker)
+
+
+async def _relay(pieces: AsyncGenerator[Piece, None], account: Account, answer: Answer, clock: Callable[[], float]) -> None:
+    async with aclosing(pieces):
+        async for piece in pieces:
+            if output := account.take(piece, clock()):
+                await answer.write(output)
 
 
 def _measure(expert: str, account: Account) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from aiohttp import web
@@ -14,7 +14,7 @@ from capibara_flow.edge.bodies import ChatBody
 from capibara_flow.edge.door import Door, collect
 from capibara_flow.edge.problems import as_failed, problem
 from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, TurnExpired
-from capibara_flow.ports import Batch
+from capibara_flow.ports import Feed
 from capibara_flow.telemetry import TURNS
 from topics.output import Done
 
@@ -42,7 +42,7 @@ class NativeChat:
         turn = await self._door.known(request)
         after = resume_point(request)
         # From one before: if that event was the last one, the reader learns at once that nothing more will come.
-        batches = self._door.turns.follow(turn, max(0, after - 1))
+        batches = await self._door.turns.follow(turn, max(0, after - 1))
         return await self._stream(request, turn, batches, after=after)
 
     async def cancel(self, request: web.Request) -> web.Response:
@@ -51,11 +51,9 @@ class NativeChat:
         await self._door.turns.cancel(turn, "asked")
         return web.json_response({"turn": turn, "cancelling": True}, status=202)
 
-    async def _stream(
-        self, request: web.Request, turn: str, batches: AsyncIterator[Sequence[Batch]], greeting: bytes = b"", after: int = 0
-    ) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, turn: str, batches: Feed, greeting: bytes = b"", after: int = 0) -> web.StreamResponse:
         heartbeat = self._door.edge.heartbeat_seconds
-        async with sse.finishing(batches), sse.opened(request, {"X-Capibara-Turn": turn}, heartbeat) as stream:
+        async with aclosing(batches), sse.opened(request, {"X-Capibara-Turn": turn}, heartbeat) as stream:
             if greeting:
                 await stream.write(greeting)
             outcome = "left"
@@ -70,7 +68,7 @@ class NativeChat:
                 TURNS.labels(outcome).inc()
         return stream.response
 
-    async def _whole(self, turn: str, batches: AsyncIterator[Sequence[Batch]]) -> web.Response:
+    async def _whole(self, turn: str, batches: Feed) -> web.Response:
         try:
             async with asyncio.timeout(self._door.seconds_left(turn)):
                 collected = await collect(batches)

@@ -1,7 +1,7 @@
 """The OpenAI dialect: ``/v1/chat/completions`` and ``/v1/models``, as its official clients expect them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import orjson
@@ -14,11 +14,12 @@ from capibara_flow.edge.bodies import CompletionBody
 from capibara_flow.edge.door import Door, collect
 from capibara_flow.edge.problems import openai_error
 from capibara_flow.errors import BrokerUnavailable, CapibaraError, TurnExpired
-from capibara_flow.ports import Batch
+from capibara_flow.ports import Batch, Feed
 from capibara_flow.telemetry import TURNS
 from topics.output import Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage, parse
 
 PREFIX = "chatcmpl-"
+_WORDS = "\x00"  # where the words go in a chunk that is written once; nothing behind it looks so
 
 
 class Completions:
@@ -47,11 +48,9 @@ class Completions:
             rows.append(row | ({"scripted": True} if expert.scripted else {}))
         return web.json_response({"object": "list", "data": rows})
 
-    async def _stream(
-        self, request: web.Request, turn: str, batches: AsyncIterator[Sequence[Batch]], chunks: "Chunks"
-    ) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, turn: str, batches: Feed, chunks: "Chunks") -> web.StreamResponse:
         heartbeat = self._door.edge.heartbeat_seconds
-        async with sse.finishing(batches), sse.opened(request, {"X-Capibara-Turn": turn}, heartbeat) as stream:
+        async with aclosing(batches), sse.opened(request, {"X-Capibara-Turn": turn}, heartbeat) as stream:
             outcome = "left"
             try:
                 async with asyncio.timeout(self._door.seconds_left(turn)):
@@ -64,7 +63,7 @@ class Completions:
                 TURNS.labels(outcome).inc()
         return stream.response
 
-    async def _whole(self, turn: str, batches: AsyncIterator[Sequence[Batch]]) -> web.Response:
+    async def _whole(self, turn: str, batches: Feed) -> web.Response:
         try:
             async with asyncio.timeout(self._door.seconds_left(turn)):
                 collected = await collect(batches)
@@ -93,11 +92,20 @@ class Chunks:
         self._usage: Usage | None = None
         self._said = False
         self._over = False
+        self._around: tuple[bytes, ...] = ()
+        self._token = Token(turn=turn).line()[: -len(b'""}')]
 
     def encode(self, batch: Batch) -> bytes:
         """The chunks of one batch."""
-        written = b"".join(self._event(parse(line)) for line in batch.lines if not self._over)
+        written = b"".join(self._line(line) for line in batch.lines if not self._over)
         return b"id: %d\n%s" % (batch.sequence, written) if written else b""
+
+    def _line(self, line: bytes) -> bytes:
+        if not self._said or not line.startswith(self._token) or b',"reasoning":' in line:
+            return self._event(parse(line))
+        # Nearly every line of every answer: the words, as JSON already, go into a chunk that was written before.
+        self._around = self._around or tuple(self._delta({"content": _WORDS}).rsplit(orjson.dumps(_WORDS), 1))
+        return self._around[0] + line[len(self._token) : -1] + self._around[1]
 
     def error(self, status: int, title: str, detail: str) -> bytes:
         """An error frame; no ``[DONE]`` follows, so that nobody takes the stream for complete."""
@@ -112,6 +120,7 @@ class Chunks:
                 return self._delta({"tool_calls": [_fragment(output)]})
             case Routed(model_id=model):
                 self._head["model"] = model
+                self._around = ()
             case Usage():
                 self._usage = output
             case Reset() if self._said:

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,9 +15,8 @@ from capibara_flow.domain.routing import candidates
 from capibara_flow.domain.turns import belongs, created, is_turn_id, turn_id
 from capibara_flow.edge.identity import identify
 from capibara_flow.edge.problems import explained
-from capibara_flow.edge.sse import finishing
 from capibara_flow.errors import BadRequest, TurnUnknown
-from capibara_flow.ports import Batch, Identity, Turns
+from capibara_flow.ports import Batch, Feed, Identity, Turns
 from capibara_flow.settings import AuthSettings, EdgeSettings
 from topics.chat import ChatRequest, RouteTurn
 from topics.output import parse
@@ -60,7 +59,7 @@ class Door:
         """Who asks; raises ``Unauthorized``."""
         return identify(request, self.auth)
 
-    async def open(self, request: ChatRequest, identity: Identity) -> tuple[str, AsyncIterator[Sequence[Batch]]]:
+    async def open(self, request: ChatRequest, identity: Identity) -> tuple[str, Feed]:
         """Start a turn: its id, and its output."""
         now = time.time()
         turn = turn_id(milliseconds=int(now * 1000), entropy=secrets.token_bytes(10), tenant=identity.tenant)
@@ -83,12 +82,18 @@ class Door:
         return max(0.0, created(turn) + self.edge.turn_seconds - time.time()) + GRACE_SECONDS
 
 
-async def collect(batches: AsyncIterator[Sequence[Batch]]) -> Collected:
+async def collect(feed: Feed) -> Collected:
     """Follow a turn to its end."""
     collected = Collected()
-    async with finishing(batches):
-        async for arrived in batches:
+
+    def take(batch: Batch) -> bool:
+        for line in batch.lines:
+            collected.add(parse(line))
+        return True
+
+    feed.tap(take)
+    async with aclosing(feed):
+        async for arrived in feed:
             for batch in arrived:
-                for line in batch.lines:
-                    collected.add(parse(line))
+                take(batch)
     return collected

@@ -1,12 +1,12 @@
 """Writing server-sent events: everything that is there goes out in one write, and a dead or stalled client is let go."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from capibara_flow.ports import Batch
+from capibara_flow.ports import Batch, Feed
 from capibara_flow.telemetry import OPEN_STREAMS
 from topics.output import event_of
 
@@ -15,6 +15,7 @@ Encode = Callable[[Batch], bytes]
 
 HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _STALLED_SECONDS = 60.0
+_ROOM = 32 * 1024  # bytes in the client's buffer beyond which a writer waits
 
 
 def native(batch: Batch) -> bytes:
@@ -34,7 +35,7 @@ async def opened(request: web.Request, headers: dict[str, str], heartbeat: float
     with OPEN_STREAMS.track_inprogress():
         try:
             yield stream
-        except ConnectionResetError:
+        except ConnectionError:
             stream.cut()  # the client has gone: nothing went wrong, and there is nobody to tell
         except Exception:
             # A second response inside the first would be read as part of it: cut the connection instead.
@@ -44,14 +45,10 @@ async def opened(request: web.Request, headers: dict[str, str], heartbeat: float
             beat.cancel()
 
 
-@asynccontextmanager
-async def finishing(batches: AsyncIterator[Sequence[Batch]]) -> AsyncIterator[None]:
-    """End the feed *batches* with the block: left alone, it would go on until the memory of an error's frames is freed."""
-    try:
-        yield
-    finally:
-        if isinstance(batches, AsyncGenerator):
-            await batches.aclose()
+def _noticed(drained: asyncio.Future[None]) -> None:
+    """Nobody waits for it: a connection that was lost meanwhile is no news to report, whoever writes next hears of it."""
+    if not drained.cancelled():
+        drained.exception()
 
 
 class Stream:
@@ -61,21 +58,50 @@ class Stream:
         self.response = response
         self._request = request
         self._writing_since: float | None = None
+        self._loop = asyncio.get_running_loop()
 
     async def write(self, data: bytes) -> None:
         """Send *data*; waits while the client's buffer is full."""
-        self._writing_since = asyncio.get_running_loop().time()
+        self._writing_since = self._loop.time()
         await self.response.write(data)
         self._writing_since = None
 
-    async def copy(self, batches: AsyncIterator[Sequence[Batch]], encode: Encode, after: int = 0) -> bool:
+    async def copy(self, feed: Feed, encode: Encode, after: int = 0) -> bool:
         """Write everything behind sequence *after* to the final batch; whether it came."""
-        async for arrived in batches:
+        ended = False
+
+        def take(batch: Batch) -> bool:
+            nonlocal ended
+            if not self._roomy or (batch.sequence > after and not self._write_now(encode(batch))):
+                return False
+            ended = batch.final
+            return True
+
+        feed.tap(take)
+        async for arrived in feed:
             if fresh := [batch for batch in arrived if batch.sequence > after]:
                 await self.write(b"".join(map(encode, fresh)))
-            if arrived[-1].final:
-                return True
-        return False
+            ended = arrived[-1].final
+        return ended
+
+    @property
+    def _roomy(self) -> bool:
+        transport = self._request.transport
+        return transport is not None and not transport.is_closing() and transport.get_write_buffer_size() < _ROOM
+
+    def _write_now(self, data: bytes) -> bool:
+        """Send *data* without a task having to wake for it; false when the connection is broken."""
+        writing = self.response.write(data)
+        try:
+            # The one step that it takes while the client's buffer has room.
+            drained: asyncio.Future[None] = writing.send(None)
+        except (StopIteration, asyncio.CancelledError):  # the latter of somebody who waited for the buffer to drain before us
+            return True
+        except ConnectionResetError:
+            return False
+        writing.close()  # all is written, it only waits for the buffer to drain
+        drained.add_done_callback(_noticed)
+        return True
 
     async def beat(self, seconds: float) -> None:
         """A comment now and then keeps proxies from closing; a client that takes nothing for long is cut off, and may resume."""
@@ -83,7 +109,7 @@ class Stream:
             await asyncio.sleep(seconds)
             if self._writing_since is None:
                 await self._say_alive()
-            elif asyncio.get_running_loop().time() - self._writing_since > _STALLED_SECONDS:
+            elif self._loop.time() - self._writing_since > _STALLED_SECONDS:
                 self.cut()
 
     async def _say_alive(self) -> None:
@@ -92,7 +118,7 @@ class Stream:
                 await self.response.write(b": heartbeat\n\n")
         except TimeoutError:
             self.cut()
-        except ConnectionResetError:
+        except ConnectionError:
             return  # the client has gone: whoever writes next hears of it
 
     def cut(self) -> None:

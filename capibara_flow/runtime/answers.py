@@ -90,7 +90,7 @@ class FencedAnswer:
             raise TooLarge(f"an output of {len(line)} bytes is more than the broker takes at once")
         self._lines.append(line)
         if self._flying is None:
-            await self.send()
+            self._send()
 
     async def finish(self, *outputs: Output) -> None:
         for output in outputs:
@@ -99,7 +99,7 @@ class FencedAnswer:
             await self._wait()
         self._raise()
 
-    async def send(self) -> None:
+    def _send(self) -> None:
         """Publish what has gathered as one batch."""
         size = count = 0
         for line in self._lines:
@@ -110,36 +110,34 @@ class FencedAnswer:
         self._flying = b"\n".join(self._lines[:count])
         del self._lines[:count]
         self._first_sent = self._hub.now()
-        await self._publish()
+        self._publish(self._flying)
 
-    async def _publish(self) -> None:
-        if self._flying is None:
-            return
+    def _publish(self, batch: bytes) -> None:
         self._since = self._hub.now()
         try:
-            await self._hub.client.send(self._subject, self._flying, reply=self._reply, headers=self._headers)
+            self._hub.client.send(self._subject, batch, reply=self._reply, headers=self._headers)
         except NatsError as error:  # no connection, and no room to keep it: the watchdog tries again
             log.warning("output_delayed", turn=self.turn, error=repr(error))
 
-    async def acknowledge(self, headers: bytes, data: bytes) -> None:
+    def acknowledge(self, headers: bytes, data: bytes) -> None:
         """The broker's word on the batch in flight."""
         if self._flying is None or status(headers):
             return  # a status means no stream, or no leader for now: the watchdog tries again
         answer = orjson.loads(data)
         error = answer.get("error")
         if error is None:
-            await self._done(answer["seq"])
+            self._done(answer["seq"])
         elif error["err_code"] == _WRONG_SEQUENCE:
             self._fail(LeaseLost(f"branch of {self.turn} was taken over: {error['description']}"))
         else:  # for instance "in process" during an election: the watchdog looks again
             log.warning("output_refused", turn=self.turn, error=error["description"])
 
-    async def _done(self, sequence: int) -> None:
+    def _done(self, sequence: int) -> None:
         """The batch in flight is stored."""
         self._stored = sequence
         self._flying = None
         if self._lines:
-            await self.send()
+            self._send()
         self._moved.set()
 
     def _fail(self, error: Exception) -> None:
@@ -168,7 +166,10 @@ class FencedAnswer:
                 return
             self._token, self._reply = self._hub.expect(self)
             same = next((message.sequence for message in found if message.data == self._flying), None)
-            await (self._publish() if same is None else self._done(same))
+            if same is not None:
+                self._done(same)
+            elif self._flying is not None:
+                self._publish(self._flying)
 
     def close(self) -> None:
         """Forget the branch; it stays ours until somebody takes the lease."""
@@ -189,6 +190,8 @@ class FencedAnswers:
 
     def __init__(self, client: TokenClient, owner: str) -> None:
         self.client = client
+        #: The loop's clock, in seconds.
+        self.now = asyncio.get_running_loop().time
         self._owner = owner
         self._open: set[FencedAnswer] = set()
         self._expected: dict[str, FencedAnswer] = {}
@@ -292,16 +295,11 @@ class FencedAnswers:
         """Route no more acknowledgements to it."""
         self._expected.pop(token, None)
 
-    @staticmethod
-    def now() -> float:
-        """The loop's clock, in seconds."""
-        return asyncio.get_running_loop().time()
-
-    async def _acknowledged(self, subject: bytes, headers: bytes, data: bytes) -> None:
+    def _acknowledged(self, subject: bytes, headers: bytes, data: bytes) -> None:
         if answer := self._expected.get(subject.rsplit(b".", 1)[1].decode()):
-            await answer.acknowledge(headers, data)
+            answer.acknowledge(headers, data)
 
-    async def _cancelled(self, subject: bytes, _: bytes, __: bytes) -> None:
+    def _cancelled(self, subject: bytes, _: bytes, __: bytes) -> None:
         turn = subject.decode().split(".")[2]
         for answer in self._open:
             if answer.turn == turn:

@@ -2,11 +2,11 @@
 
 nats-py queues every message for a task of its subscription and turns its headers into a dictionary; for a token that costs more than all
 else at the door. ``TokenClient`` hands the messages of chosen subscriptions over where they are parsed, with their headers as they came,
-and sends messages whose headers were encoded once. Two private methods of nats-py 2.x are used, both held by a test.
+and sends messages whose headers were encoded once. Some private parts of nats-py 2.x are used, all held by a test.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -15,8 +15,8 @@ from nats.aio.subscription import Subscription
 from nats.errors import ConnectionClosedError, OutboundBufferLimitError
 from nats.errors import Error as NatsError
 
-#: Takes subject, raw headers (empty when there are none) and data; it must not wait for anything but a send.
-Hear = Callable[[bytes, bytes, bytes], Awaitable[None]]
+#: Takes subject, raw headers (empty when there are none) and data, at once: whatever comes behind it waits.
+Hear = Callable[[bytes, bytes, bytes], None]
 
 
 def encoded(headers: Mapping[str, str]) -> bytes:
@@ -50,6 +50,7 @@ class TokenClient(Client):
     def __init__(self) -> None:
         super().__init__()
         self._ears: dict[int, Hear] = {}
+        self._loop = asyncio.get_running_loop()
 
     async def listen(self, subject: str, hear: Hear) -> Subscription:
         """Subscribe to *subject*; end it with ``deafen``."""
@@ -81,21 +82,26 @@ class TokenClient(Client):
             search.cancel()  # again: `wait_for` of Python 3.11 swallows it when a connection was refused just then
             await asyncio.wait([search], timeout=0.05)
 
-    async def send(self, subject: str, payload: bytes, *, reply: str, headers: bytes) -> None:
-        """Publish *payload* with already ``encoded`` *headers*."""
+    def send(self, subject: str, payload: bytes, *, reply: str, headers: bytes) -> None:
+        """Publish *payload* with already ``encoded`` *headers*; it leaves with all else of this pass of the loop.
+
+        Raises ``OutboundBufferLimitError`` when there is no connection and too much is kept for the next one.
+        """
         if self.is_closed:
             raise ConnectionClosedError
         if not self.is_connected and len(payload) + self._pending_data_size > self._max_pending_size:
             raise OutboundBufferLimitError
         size = len(headers)
-        await self._send_command(f"HPUB {subject} {reply} {size} {size + len(payload)}\r\n".encode() + headers + payload + b"\r\n")
-        if self._flush_queue is not None and self._flush_queue.empty():
-            await self._flush_pending()
+        command = b"HPUB %b %b %d %d\r\n%b%b\r\n" % (subject.encode(), reply.encode(), size, size + len(payload), headers, payload)
+        self._pending.append(command)
+        self._pending_data_size += len(command)
+        if self.is_connected and self._flush_queue is not None and self._flush_queue.empty():
+            self._flush_queue.put_nowait(self._loop.create_future())
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: Any) -> None:
         if hear := self._ears.get(sid):
             try:
-                await hear(subject, headers or b"", data)
+                hear(subject, headers or b"", data)
             except Exception as error:  # noqa: BLE001  it would end nats-py's reading from this connection, for ever and in silence
                 await self._error_cb(error)
         else:

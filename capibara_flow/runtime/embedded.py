@@ -22,6 +22,8 @@ from capibara_flow.runtime.leash import leashed
 
 PASSWORD_VARIABLE = "CAPIBARA_NATS__PASSWORDS__"  # noqa: S105  a name, not a password
 _ROLE = re.compile(rf"\$\{{?{PASSWORD_VARIABLE}(\w+)")
+#: For Go's scheduler. On one thread a token at a common pace costs the broker a quarter less: nobody has to be woken for it.
+_ONE_THREAD = {"GOMAXPROCS": "1"}
 
 
 def find_server() -> str:
@@ -156,7 +158,7 @@ class EmbeddedBroker:
         arguments += ["-sd", str(self.store_dir), "--ports_file_dir", str(self.store_dir)]
         self._process = subprocess.Popen(  # noqa: S603  the binary that find_server chose
             leashed([server, *arguments]),
-            env=os.environ | {_variable(role): password for role, password in self.passwords.items()},
+            env=_ONE_THREAD | os.environ | {_variable(role): password for role, password in self.passwords.items()},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

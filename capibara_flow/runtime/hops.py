@@ -242,7 +242,7 @@ class Settle(BaseMiddleware[Any, Any]):
 
     async def _settle(self, error: BaseException | None) -> str:
         if error is None:
-            await self.msg.ack_sync(timeout=5)
+            await self.msg.ack()  # unconfirmed: should it get lost, the work comes again and finds itself done
             return "done"
         if isinstance(error, asyncio.CancelledError):
             await self.msg.nak()  # we are being stopped: somebody else may start at once

@@ -52,7 +52,7 @@ async def stored(client: TokenClient, subject: str, after: int, stream: str = OU
     found: list[Stored] = []
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def receive(_: bytes, headers: bytes, data: bytes) -> None:
+    def receive(_: bytes, headers: bytes, data: bytes) -> None:
         if code := status(headers):
             _end(ended, code.decode(), description(headers))
         else:

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
 from typing import Any
 
 import stamina
@@ -11,7 +10,7 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from capibara_flow.domain.reading import Cursor, Verdict
 from capibara_flow.errors import BrokerUnavailable, QueueFull, TooLarge
-from capibara_flow.ports import Batch, Identity
+from capibara_flow.ports import Batch, Feed, Identity, Take
 from capibara_flow.runtime.client import TokenClient, header
 from capibara_flow.runtime.output import fits, last_message, stored
 from capibara_flow.telemetry import log
@@ -39,7 +38,13 @@ class Follower:
         self._turn, self._branch = turn, branch
         self._cursor = Cursor(after)
         self._pending: list[tuple[int, int, bytes]] = []
-        self._arrived = asyncio.Event()
+        self._take: Take | None = None
+        self._refused: list[tuple[int, bytes]] = []
+        self._ended = False
+        self._heard = False
+        self._idle = _IDLE_FIRST
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Future[bool] | None = None
 
     async def start(self) -> None:
         """Listen. What is published on this connection from now on, and what it causes, will be heard."""
@@ -51,38 +56,33 @@ class Follower:
 
     async def batches(self, *, backfill: bool) -> AsyncIterator[Sequence[Batch]]:
         """Every batch once and in order, to the final one; several that are there together come together."""
-        idle = _IDLE_FIRST
         if backfill and (found := await self._heal()):
             yield found
             if found[-1].final:
                 return
         while True:
-            found = await self._arrivals(idle)
-            idle = _IDLE_FIRST if found else min(idle * 2, _IDLE_MOST)
+            found = await self._arrivals(self._idle)
+            self._idle = _IDLE_FIRST if found else min(self._idle * 2, _IDLE_MOST)
             if found:
                 yield found
-                if found[-1].final:
-                    return
+            if self._ended or (found and found[-1].final):
+                return
 
     async def _arrivals(self, idle: float) -> list[Batch]:
         """What has arrived; after *idle* seconds of silence, what the stream has that never arrived."""
-        if not self._pending:
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(idle):
-                    await self._arrived.wait()
-            except TimeoutError:
-                return await self._heal()
-        found: list[Batch] = []
+        if not self._pending and not await self._something(idle):
+            return await self._heal()
+        refused, self._refused = self._refused, []
         pending, self._pending = self._pending, []
+        found = [_batch(sequence, data) for sequence, data in refused]
         for sequence, previous, data in pending:
+            if self._ended or (found and found[-1].final):
+                break
             verdict = self._cursor.judge(sequence, previous)
             if verdict is Verdict.GAP:
                 found += await self._heal()
             elif verdict is Verdict.DELIVER:
                 found.append(_batch(sequence, data))
-            if found and found[-1].final:
-                break
         return found
 
     async def _heal(self) -> list[Batch]:
@@ -104,12 +104,78 @@ class Follower:
             if self._cursor.last == before:
                 return found
 
-    async def _receive(self, _: bytes, headers: bytes, data: bytes) -> None:
+    async def _something(self, idle: float) -> bool:
+        """Wait for what has to be looked at; false after *idle* seconds without any word."""
+        self._heard = False
+        self._waiting = self._loop.create_future()
+        self._timer = self._loop.call_later(idle, self._silence)
+        try:
+            return await self._waiting
+        finally:
+            self._waiting = None
+            self._timer.cancel()
+
+    def _silence(self) -> None:
+        if self._waiting is None or self._waiting.done():
+            return
+        if self._heard:  # the tap took it
+            self._heard = False
+            self._idle = _IDLE_FIRST
+            self._timer = self._loop.call_later(self._idle, self._silence)
+        else:
+            self._waiting.set_result(False)
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(True)
+
+    def _receive(self, _: bytes, headers: bytes, data: bytes) -> None:
+        sequence, previous = int(header(headers, b"Nats-Sequence")), int(header(headers, b"Nats-Last-Sequence"))
+        if self._take is None or self._waiting is None or self._waiting.done():
+            self._keep(sequence, previous, data)
+            return
+        self._heard = True
+        verdict = self._cursor.judge(sequence, previous)
+        if verdict is Verdict.GAP:
+            self._keep(sequence, previous, data)
+        elif verdict is Verdict.DELIVER:
+            self._offer(self._take, sequence, data)
+
+    def _offer(self, take: Take, sequence: int, data: bytes) -> None:
+        taken = False
+        try:
+            batch = _batch(sequence, data)
+            taken = take(batch)
+            self._ended = taken and batch.final
+        except Exception as error:  # noqa: BLE001  the reader meets the same fault in its own task, where somebody is told
+            log.warning("output_untaken", turn=self._turn, error=repr(error))
+        if not taken:
+            self._refused.append((sequence, data))
+        if not taken or self._ended:
+            self._wake()
+
+    def _keep(self, sequence: int, previous: int, data: bytes) -> None:
         if len(self._pending) >= _MOST_PENDING:
             # A client too slow for the feed: the stream is the buffer, the gap will show and be healed from there.
             self._pending.clear()
-        self._pending.append((int(header(headers, b"Nats-Sequence")), int(header(headers, b"Nats-Last-Sequence")), data))
-        self._arrived.set()
+        self._pending.append((sequence, previous, data))
+        self._wake()
+
+    def tap(self, take: Take) -> None:
+        """See ``ports.Feed``."""
+        self._take = take
+
+
+class _Feed:
+    """``ports.Feed``."""
+
+    def __init__(self, follower: Follower, reading: AsyncGenerator[Sequence[Batch], None]) -> None:
+        self.tap = follower.tap
+        self.aclose = reading.aclose
+        self._reading = reading
+
+    def __aiter__(self) -> AsyncIterator[Sequence[Batch]]:
+        return self._reading
 
 
 class NatsTurns:
@@ -121,7 +187,7 @@ class NatsTurns:
         self._consumers = consumers
         self._opened = self._following = 0
 
-    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> AsyncIterator[Sequence[Batch]]:
+    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> Feed:
         follower = Follower(self._client, command.turn, "main", 0)
         await follower.start()
         try:
@@ -130,17 +196,17 @@ class NatsTurns:
             await follower.stop()
             raise
         self._opened += 1
-        reading = self._reading(follower, backfill=False)
-        await anext(reading)  # begun, it tidies up even if nobody ever reads it
-        return reading
+        return await self._feed(follower, backfill=False)
 
-    async def follow(self, turn: str, after: int = 0) -> AsyncIterator[Sequence[Batch]]:
+    async def follow(self, turn: str, after: int = 0) -> Feed:
         follower = Follower(self._client, turn, "main", after)
         await follower.start()
-        async with aclosing(self._reading(follower, backfill=True)) as reading:
-            await anext(reading)
-            async for batches in reading:
-                yield batches
+        return await self._feed(follower, backfill=True)
+
+    async def _feed(self, follower: Follower, *, backfill: bool) -> Feed:
+        reading = self._reading(follower, backfill=backfill)
+        await anext(reading)  # begun, it tidies up even if nobody ever reads it
+        return _Feed(follower, reading)
 
     async def _reading(self, follower: Follower, *, backfill: bool) -> AsyncGenerator[Sequence[Batch], None]:
         """What *follower* finds, after an empty beginning."""

@@ -36,6 +36,7 @@ class Plan:
     gap_ms: float = 0
     stream: bool = True
     spread_ms: float = 0
+    in_step: bool = False
     warmup: int = 1
     timeout: float = 120
     model: str = "auto"
@@ -251,10 +252,11 @@ class Client:
 
     async def run(self, count: int, kind: str) -> list[Told]:
         """Ask *count* times, one after the other."""
-        return [
-            await self._one(Ask(f"{kind}-{self._number}-{n}", self._plan.tokens, self._plan.gap_ms, self._plan.stream))
-            for n in range(count)
-        ]
+        return [await self._one(self._ask(f"{kind}-{self._number}-{n}")) for n in range(count)]
+
+    def _ask(self, ident: str) -> Ask:
+        plan = self._plan
+        return Ask(ident, plan.tokens, plan.gap_ms, plan.stream, in_step=plan.in_step)
 
     def close(self) -> None:
         """Drop the connection."""
@@ -339,6 +341,7 @@ def _arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=float, default=getattr(defaults, name.replace("-", "_")))
     for name in ("model", "key"):
         parser.add_argument(f"--{name}", default=getattr(defaults, name))
+    parser.add_argument("--in-step", action="store_true", help="all streams get their tokens at the same moments")
     parser.add_argument("--whole", dest="stream", action="store_false", help="not streamed")
     parser.add_argument("--hold", action="store_true")
     return parser.parse_args()

@@ -94,6 +94,9 @@ class Answer:
         self._ask, self._engine, self._connection = ask, engine, connection
         self._index = 0
         self._due = time.monotonic()
+        if ask.in_step and ask.gap_ms:  # a token for everybody at each step of the engine
+            gap = ask.gap_ms / 1000
+            self._due -= self._due % gap
         common = f'"id":"chatcmpl-{ask.ident}","object":"chat.completion.chunk","created":{int(time.time())},"model":"mock"'
         self._head = f'data: {{{common},"choices":'
         engine.counts.requests += 1

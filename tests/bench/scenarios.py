@@ -92,6 +92,7 @@ def _cpu(run: Run, metric: str, unit: str, scale: float) -> Values:
 SCENARIOS = (
     Scenario("low", "1 client, 32 tokens at 50 a second", Plan("", 1, 40, 32, 20, warmup=3), _low),
     Scenario("paced", "50 streams, 128 tokens at 50 a second", Plan("", 50, 2, 128, 20, spread_ms=210), _paced),
+    Scenario("stepped", "the same, all tokens of an engine's step together", Plan("", 50, 2, 128, 20, spread_ms=210, in_step=True), _paced),
     Scenario("json", "16 clients, 16 tokens in one piece", Plan("", 16, 40, 16, stream=False), _json),
     Scenario("burst", "16 clients, 128 tokens without a gap", Plan("", 16, 20, 128), _burst),
     # Last: what it weighs after all the others.
@@ -118,9 +119,10 @@ def run(scenario: Scenario, system: System, model: str = "auto", key: str = "") 
 
 
 def _command(plan: Plan) -> list[str]:
-    options: dict[str, Any] = {name: value for name, value in vars(plan).items() if name != "stream" and value != ""}
+    options: dict[str, Any] = {name: value for name, value in vars(plan).items() if name not in {"stream", "in_step"} and value != ""}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return [sys.executable, "-m", "tests.bench.load", *words, "--hold", *([] if plan.stream else ["--whole"])]
+    flags = ["--hold", *([] if plan.stream else ["--whole"]), *(["--in-step"] if plan.in_step else [])]
+    return [sys.executable, "-m", "tests.bench.load", *words, *flags]
 
 
 def compare(values: dict[Figure, float]) -> dict[Figure, float]:

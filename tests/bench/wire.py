@@ -12,22 +12,26 @@ from typing import Any
 
 import orjson
 
-_PACE = re.compile(r"bench gap_ms=([\d.]+) id=([\w-]+)")
+_PACE = re.compile(r"bench gap_ms=([\d.]+)( in step)? id=([\w-]+)")
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: *tokens* tokens, *gap_ms* milliseconds apart (0: as fast as can be)."""
+    """One request: *tokens* tokens, *gap_ms* milliseconds apart (0: as fast as can be).
+
+    *in_step* with all others, as an engine with continuous batching makes them: one token for everybody at each step.
+    """
 
     ident: str
     tokens: int
     gap_ms: float = 0
     stream: bool = True
     usage: bool = True
+    in_step: bool = False
 
     def body(self, model: str) -> bytes:
         """The JSON body in OpenAI's chat dialect."""
-        content = f"bench gap_ms={self.gap_ms:g} id={self.ident}"
+        content = f"bench gap_ms={self.gap_ms:g}{' in step' if self.in_step else ''} id={self.ident}"
         body: dict[str, Any] = {
             "model": model,
             "messages": [{"role": "user", "content": content}],
@@ -45,10 +49,11 @@ class Ask:
             raw = orjson.loads(body)
             pace = _PACE.search(_text(raw["messages"][-1]["content"]))
             return cls(
-                ident=pace[2] if pace else "anybody",
+                ident=pace[3] if pace else "anybody",
                 tokens=int(raw.get("max_tokens") or raw.get("max_completion_tokens") or 16),
                 gap_ms=float(pace[1]) if pace else 0,
                 stream=bool(raw.get("stream")),
+                in_step=bool(pace and pace[2]),
                 usage=bool((raw.get("stream_options") or {}).get("include_usage")),
             )
         except (KeyError, IndexError, TypeError, AttributeError) as error:

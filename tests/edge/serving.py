@@ -8,8 +8,8 @@ from aiohttp import ClientSession, web
 from capibara_flow.domain.fleet import Fleet
 from capibara_flow.edge.app import build
 from capibara_flow.edge.door import Door
+from capibara_flow.ports import Turns
 from capibara_flow.settings import AuthSettings, EdgeSettings
-from tests.fakes import FakeTurns
 from topics.output import Done, Output, Routed, Token, Usage
 
 T = "T"
@@ -28,23 +28,30 @@ DONE = Done(turn=T, finish_reason="stop", model_id="plain")
 ANSWER: tuple[tuple[Output, ...], ...] = ((ROUTED,), (Token(turn=T, text="Hello"), Token(turn=T, text=" there")), (USAGE, DONE))
 
 
-def doorway(turns: FakeTurns, edge: EdgeSettings | None = None, auth: AuthSettings | None = None) -> Door:
+def doorway(turns: Turns, edge: EdgeSettings | None = None, auth: AuthSettings | None = None) -> Door:
     """A door onto *turns*."""
     return Door(turns, FLEET, edge or EdgeSettings(), auth or AuthSettings())
 
 
 @asynccontextmanager
-async def client(
-    turns: FakeTurns, edge: EdgeSettings | None = None, auth: AuthSettings | None = None, *, cancels: bool = True
-) -> AsyncIterator[ClientSession]:
-    """A session whose addresses are relative to a door onto *turns*; unless it *cancels*, handlers do not hear that a client left."""
+async def served(
+    turns: Turns, edge: EdgeSettings | None = None, auth: AuthSettings | None = None, *, cancels: bool = True
+) -> AsyncIterator[tuple[str, int]]:
+    """Host and port of a door onto *turns*; unless it *cancels*, handlers do not hear that a client left."""
     # As ``app.serve`` does it, but on a free port.
     runner = web.AppRunner(build(doorway(turns, edge, auth)), handler_cancellation=cancels, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    host, port = runner.addresses[0]
     try:
-        async with ClientSession(f"http://{host}:{port}") as session:
-            yield session
+        yield runner.addresses[0]
     finally:
         await runner.cleanup()
+
+
+@asynccontextmanager
+async def client(
+    turns: Turns, edge: EdgeSettings | None = None, auth: AuthSettings | None = None, *, cancels: bool = True
+) -> AsyncIterator[ClientSession]:
+    """A session whose addresses are relative to a door onto *turns*; see ``served``."""
+    async with served(turns, edge, auth, cancels=cancels) as (host, port), ClientSession(f"http://{host}:{port}") as session:
+        yield session

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from capibara_flow.ports import Batch, Identity
 from capibara_flow.settings import AuthSettings, EdgeSettings, Key
 from tests.edge.client import events, names
 from tests.edge.serving import ANSWER, DONE, ROUTED, T, client, doorway
-from tests.fakes import FakeTurns
+from tests.fakes import FakeFeed, FakeTurns
 from tests.waiting import until
 from topics.chat import RouteTurn
 from topics.output import Done, Failed, Reset, Token
@@ -221,9 +221,12 @@ async def test_a_stream_that_ends_without_its_end_is_no_answer() -> None:
             assert response.status == 503
 
 
-async def _ends_early(turn: str, after: int = 0) -> Any:
-    return
-    yield
+async def _ends_early(turn: str, after: int = 0) -> FakeFeed:
+    async def nothing() -> AsyncGenerator[Sequence[Batch], None]:
+        return
+        yield
+
+    return FakeFeed(nothing())
 
 
 async def test_a_turn_that_does_not_end_expires() -> None:
@@ -302,13 +305,13 @@ class Talking(FakeTurns):
 
     def __init__(self) -> None:
         super().__init__()
-        self.feeds: list[AsyncIterator[Sequence[Batch]]] = []
+        self.feeds: list[FakeFeed] = []
 
-    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> AsyncIterator[Sequence[Batch]]:
+    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> FakeFeed:
         self.feeds.append(await super().open(command, identity, deadline))
         return self.feeds[-1]
 
-    async def follow(self, turn: str, after: int = 0) -> AsyncIterator[Sequence[Batch]]:
+    async def _batches(self, turn: str, after: int) -> AsyncGenerator[Sequence[Batch], None]:
         try:
             for sequence in itertools.count(11):
                 yield (Batch(sequence, (Token(turn=turn, text="word ").line(),), final=False),)

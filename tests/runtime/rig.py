@@ -137,7 +137,7 @@ class Line(TokenClient):
         #: Gets every message that comes on a subscription with a callback, and the callback.
         self.deliver: Callable[[Msg, Callable[[Msg], Awaitable[None]]], Awaitable[None]] = _deliver
         #: Gets every message for an ear, and the ear.
-        self.overhear: Callable[[bytes, bytes, bytes, Hear], Awaitable[None]] = _hear
+        self.overhear: Callable[[bytes, bytes, bytes, Hear], None] = _hear
         #: What ``swallow`` kept from ``send``; ``deliver_late`` sends it after all.
         self.lost: list[tuple[str, bytes, str, bytes]] = []
         #: Awaited with the subject of every request that was just answered.
@@ -147,21 +147,21 @@ class Line(TokenClient):
         if not self.swallow(subject, payload):
             await super().publish(subject, payload, reply, headers)
 
-    async def send(self, subject: str, payload: bytes, *, reply: str, headers: bytes) -> None:
+    def send(self, subject: str, payload: bytes, *, reply: str, headers: bytes) -> None:
         if self.swallow(subject, payload):
             self.lost.append((subject, payload, reply, headers))
         else:
-            await super().send(subject, payload, reply=reply, headers=headers)
+            super().send(subject, payload, reply=reply, headers=headers)
 
-    async def deliver_late(self) -> None:
+    def deliver_late(self) -> None:
         """Let what was lost arrive, as it was."""
         lost, self.lost = self.lost, []
         for subject, payload, reply, headers in lost:
-            await super().send(subject, payload, reply=reply, headers=headers)
+            super().send(subject, payload, reply=reply, headers=headers)
 
     async def listen(self, subject: str, hear: Hear) -> Subscription:
-        async def heard(subject: bytes, headers: bytes, data: bytes) -> None:
-            await self.overhear(subject, headers, data, hear)
+        def heard(subject: bytes, headers: bytes, data: bytes) -> None:
+            self.overhear(subject, headers, data, hear)
 
         return await super().listen(subject, heard)
 
@@ -181,8 +181,8 @@ async def _deliver(message: Msg, callback: Callable[[Msg], Awaitable[None]]) -> 
     await callback(message)
 
 
-async def _hear(subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
-    await ear(subject, headers, data)
+def _hear(subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
+    ear(subject, headers, data)
 
 
 async def _nothing(subject: str) -> None:

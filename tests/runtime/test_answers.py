@@ -51,13 +51,13 @@ class Acks:
         self._ears: list[tuple[bytes, bytes, bytes, Hear]] = []
         client.overhear = self._overhear
 
-    async def _overhear(self, subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
+    def _overhear(self, subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
         is_ack = subject.startswith(b"_INBOX") and subject.count(b".") == 2
         if is_ack and self._most <= 0:
             self._ears.append((subject, headers, data, ear))
             return
         self._most -= is_ack
-        await ear(subject, headers, data)
+        ear(subject, headers, data)
 
     @property
     def held(self) -> int:
@@ -67,11 +67,11 @@ class Acks:
         """Let those through that come from now on."""
         self._most = 1_000_000
 
-    async def release(self) -> None:
+    def release(self) -> None:
         """Let those through that were held."""
         ears, self._ears = self._ears, []
         for subject, headers, data, ear in ears:
-            await ear(subject, headers, data)
+            ear(subject, headers, data)
 
 
 def lose(client: Line, *places: int) -> list[bytes]:
@@ -115,7 +115,7 @@ async def test_what_is_written_while_an_acknowledgement_is_pending_leaves_togeth
         await until(lambda: acks.held)
         assert await rig.tokens("T1") == ["0"]
         acks.open()
-        await acks.release()
+        acks.release()
         await answer.finish()
     assert [[output.text for output in batch if isinstance(output, Token)] for batch in await rig.said("T1")] == [
         ["0"],
@@ -144,7 +144,7 @@ async def test_finish_waits_until_all_is_stored(rig: Rig):
             await until(lambda: acks.held)
             await flushed(client)
             assert not finishing.done(), stored
-            await acks.release()
+            acks.release()
         await finishing
     assert [output for batch in await rig.said("T1") for output in batch] == [token("a"), DONE]
 
@@ -167,7 +167,7 @@ async def test_a_writer_waits_for_a_broker_that_is_slow(rig: Rig):
         assert not writing.done()
         assert written == 4098
         acks.open()
-        await acks.release()
+        acks.release()
         await writing
         await answer.finish()
     assert await rig.tokens("T1") == [str(number) for number in range(6000)]
@@ -183,7 +183,7 @@ async def test_text_of_more_than_one_batch_is_split_between_lines(rig: Rig):
             await answer.write(token(text))
         await until(lambda: acks.held)
         acks.open()
-        await acks.release()
+        acks.release()
         await answer.finish()
     assert await rig.tokens("T1") == ["first", *texts]
     assert [len(batch) for batch in await rig.said("T1")] == [1, 1, 1, 1, 1, 1, 1]
@@ -372,7 +372,7 @@ async def test_a_batch_that_was_only_late_is_not_stored_twice(rig: Rig, hasty: N
     async with hub.open("T1", "main") as answer:
         await say(answer, "a")
         assert len(sent) == 2
-        await client.deliver_late()
+        client.deliver_late()
         await flushed(client)
         await say(answer, "b")  # the refusal of the late one is not taken for a refusal of ours
     assert await rig.tokens("T1") == ["a", "b"]
@@ -384,7 +384,7 @@ async def test_a_late_acknowledgement_is_not_taken_for_that_of_the_next_batch(ri
     async with hub.open("T1", "main") as answer:
         finishing = asyncio.create_task(answer.finish(token("a"), token("b")))
         await until(lambda: len(sent) == 2)  # "a" was found in the stream, "b" is lost on its way
-        await acks.release()
+        acks.release()
         acks.open()
         await finishing
     assert await rig.tokens("T1") == ["a", "b"]
@@ -591,8 +591,8 @@ async def test_a_cancellation_that_comes_while_the_answer_is_opened_counts(rig: 
     hub = await rig.answers(client)
     heard: list[bytes] = []
 
-    async def overhear(subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
-        await ear(subject, headers, data)
+    def overhear(subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
+        ear(subject, headers, data)
         heard.append(subject)
 
     async def answered(subject: str) -> None:
@@ -610,11 +610,11 @@ async def test_a_cancellation_that_was_not_heard_is_found_after_a_reconnect(rig:
     hub = await rig.answers(client)
     lost = asyncio.Event()
 
-    async def overhear(subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
+    def overhear(subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
         if subject.startswith(b"cf.ctl."):
             lost.set()
         else:
-            await ear(subject, headers, data)
+            ear(subject, headers, data)
 
     client.overhear = overhear
     async with hub.open("T1", "main") as answer, hub.open("T2", "main") as other:

@@ -29,7 +29,7 @@ class Ear:
     def __init__(self) -> None:
         self.heard: list[tuple[bytes, bytes, bytes]] = []
 
-    async def __call__(self, subject: bytes, headers: bytes, data: bytes) -> None:
+    def __call__(self, subject: bytes, headers: bytes, data: bytes) -> None:
         self.heard.append((subject, headers, data))
 
     @property
@@ -194,7 +194,7 @@ async def test_an_ear_that_fails_is_told_and_harms_nobody(rig: Rig, publish: Pub
     rig.clients.append(client)
     ear = Ear()
 
-    async def fail(subject: bytes, headers: bytes, data: bytes) -> None:
+    def fail(subject: bytes, headers: bytes, data: bytes) -> None:
         raise ValueError("an ear that hurts")
 
     await client.listen(LIVE, fail)
@@ -210,7 +210,7 @@ async def test_closing_without_a_broker_is_no_fault(rig: Rig):
     client = await rig.client("caller")
     await rig.restart(away=0)
     await client.force_reconnect()
-    await client.send(OUT, b"a" * 1000, reply=client.new_inbox(), headers=encoded({}))
+    client.send(OUT, b"a" * 1000, reply=client.new_inbox(), headers=encoded({}))
     assert client.pending_data_size > 1000
     await client.close()
     assert client.is_closed
@@ -261,7 +261,7 @@ async def test_an_ordinary_client_receives_what_is_sent(rig: Rig):
     reply = sender.new_inbox()
     ear = Ear()
     await sender.listen(reply, ear)
-    await sender.send(OUT, b"body\r\nof two lines", reply=reply, headers=encoded(headers))
+    sender.send(OUT, b"body\r\nof two lines", reply=reply, headers=encoded(headers))
     message = await subscription.next_msg(timeout=10)
     assert (message.subject, message.reply, message.data) == (OUT, reply, b"body\r\nof two lines")
     assert message.headers == headers
@@ -274,10 +274,10 @@ async def test_sending_is_refused_where_publishing_would_be(rig: Rig):
     reply, headers = client.new_inbox(), encoded({})
     await client.force_reconnect()
     with pytest.raises(OutboundBufferLimitError):
-        await client.send(OUT, b"x" * (client._max_pending_size + 1), reply=reply, headers=headers)
+        client.send(OUT, b"x" * (client._max_pending_size + 1), reply=reply, headers=headers)
     await client.close()
     with pytest.raises(ConnectionClosedError):
-        await client.send(OUT, b"a", reply=reply, headers=headers)
+        client.send(OUT, b"a", reply=reply, headers=headers)
 
 
 async def test_what_is_sent_while_the_broker_is_away_arrives_afterwards(rig: Rig):
@@ -286,7 +286,7 @@ async def test_what_is_sent_while_the_broker_is_away_arrives_afterwards(rig: Rig
     await client.listen(reply, ear)
     await client.force_reconnect()
     assert not client.is_connected
-    await client.send(OUT, b"a", reply=reply, headers=encoded({"Some": "header"}))
+    client.send(OUT, b"a", reply=reply, headers=encoded({"Some": "header"}))
     await until(lambda: ear.heard)
     assert [json.loads(data) for data in ear.data] == [{"stream": "CF_OUT", "seq": 1}]
 
@@ -365,18 +365,21 @@ def test_nothing_is_found_in_nothing(headers: dict[str, str]):
 
 
 def test_the_private_hooks_of_nats_py_are_still_there():
-    # TokenClient overrides `_process_msg`, to which the parser hands every message with its headers unread, and writes with
-    # `_send_command`. When this fails, nats-py changed and `TokenClient` must follow.
+    # TokenClient overrides `_process_msg`, to which the parser hands every message with its headers unread, and writes as
+    # `_send_command` does, to `_pending`, which the flusher sends once `_flush_queue` wakes it.
+    # When this fails, nats-py changed and `TokenClient` must follow.
     assert list(inspect.signature(Client._process_msg).parameters) == ["self", "sid", "subject", "reply", "data", "headers"]
     assert inspect.iscoroutinefunction(Client._process_msg)
     assert "await self.nc._process_msg(sid, subject, reply, payload, hdr)" in inspect.getsource(Parser.parse)
-    assert next(iter(inspect.signature(Client._send_command).parameters.values())).name == "self"
-    assert list(inspect.signature(Client._send_command).parameters)[1] == "cmd"
-    assert inspect.iscoroutinefunction(Client._send_command)
+    sending, flushing = inspect.getsource(Client._send_command), inspect.getsource(Client._flusher)
+    assert "self._pending.append(cmd)" in sending
+    assert "self._pending_data_size += len(cmd)" in sending
+    assert "future: asyncio.Future = await self._flush_queue.get()" in flushing
+    assert "self._transport.writelines(self._pending[:])" in flushing
     client = Client()
     for attribute in (
         "_flush_queue",
-        "_flush_pending",
+        "_pending",
         "_pending_data_size",
         "_max_pending_size",
         "_subs",

@@ -5,7 +5,7 @@ import gc
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 from contextlib import aclosing
 
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nats.aio.client import Client
 
 from capibara_flow.errors import BrokerUnavailable, QueueFull, TooLarge
-from capibara_flow.ports import Batch, Identity
+from capibara_flow.ports import Batch, Feed, Identity
 from capibara_flow.runtime import output, turns
 from capibara_flow.runtime.answers import FencedAnswer
 from capibara_flow.runtime.client import Hear, TokenClient
@@ -32,8 +32,6 @@ ANA = Identity(principal="ana", tenant="acme")
 DONE = Done(turn="T1", finish_reason="stop", model_id="phi")
 DATA, LIVE = "cf.out.T1.data.main", "cf.live.T1.main"
 CONSUMERS = (router_consumer(), EXPERT)
-
-Batches = AsyncIterator[Sequence[Batch]]
 
 
 def token(text: object) -> Token:
@@ -56,7 +54,7 @@ async def write(answer: FencedAnswer, *said: Output) -> None:
         await answer.finish(each)
 
 
-async def heard(batches: Batches) -> list[Batch]:
+async def heard(batches: AsyncIterable[Sequence[Batch]]) -> list[Batch]:
     """All of a reading, to its end."""
     async with asyncio.timeout(40):
         return [batch async for group in batches for batch in group]
@@ -71,7 +69,7 @@ def command(turn: str = "T1", text: str | None = None) -> RouteTurn:
     return RouteTurn(turn=turn, request=request)
 
 
-async def opened(door: NatsTurns, turn: str = "T1") -> Batches:
+async def opened(door: NatsTurns, turn: str = "T1") -> Feed:
     return await door.open(command(turn), ANA, time.time() + 60)
 
 
@@ -102,17 +100,17 @@ def soon_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "_IDLE_FIRST", 0.1)
 
 
-Feed = Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]
+Deliver = Callable[[], None]
 
 
-def through(client: Line, feed: Feed) -> None:
+def through(client: Line, feed: Callable[[Deliver], None]) -> None:
     """Let every live message go through *feed*, which gets a function that delivers it."""
 
-    async def overhear(subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
+    def overhear(subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
         if subject == LIVE.encode():
-            await feed(lambda: ear(subject, headers, data))
+            feed(lambda: ear(subject, headers, data))
         else:
-            await ear(subject, headers, data)
+            ear(subject, headers, data)
 
     client.overhear = overhear
 
@@ -132,7 +130,7 @@ async def test_an_opened_turn_is_followed_from_its_first_output_to_its_last(rig:
 async def test_several_outputs_of_one_message_are_one_batch(rig: Rig, door: NatsTurns):
     router = await rig.client("router")
     await router.jetstream().publish(DATA, b"\n".join(each.line() for each in outputs(3)))
-    [batch] = await heard(door.follow("T1"))
+    [batch] = await heard(await door.follow("T1"))
     assert batch.final
     assert read([batch]) == outputs(3)
 
@@ -141,21 +139,21 @@ async def test_following_from_any_edge_after_any_sequence_gives_the_rest(rig: Ri
     await say(rig, token("of another turn"), turn="T0")
     await say(rig, *outputs(6))
     elsewhere = NatsTurns(await rig.client("edge"), ())
-    whole = await heard(elsewhere.follow("T1"))
+    whole = await heard(await elsewhere.follow("T1"))
     assert read(whole) == outputs(6)
     for after in range(whole[-1].sequence):
-        assert await heard(door.follow("T1", after)) == [batch for batch in whole if batch.sequence > after]
+        assert await heard(await door.follow("T1", after)) == [batch for batch in whole if batch.sequence > after]
 
 
 async def test_following_a_long_answer_gives_all_of_it(rig: Rig, door: NatsTurns, never_idle: None):
     await say(rig, *outputs(600))
-    assert read(await heard(door.follow("T1"))) == outputs(600)
+    assert read(await heard(await door.follow("T1"))) == outputs(600)
 
 
 async def test_following_joins_what_is_stored_and_what_comes(rig: Rig, door: NatsTurns, never_idle: None):
-    async with (await rig.answers()).open("T1", "main") as answer, aclosing(door.follow("T1")) as batches:
+    async with (await rig.answers()).open("T1", "main") as answer, aclosing(await door.follow("T1")) as batches:
         await write(answer, *outputs(6)[:3])
-        found = list(await anext(batches))
+        found = list(await anext(aiter(batches)))
         assert read(found) == outputs(6)[:3]
         await write(answer, *outputs(6)[3:])
         assert read(await heard(batches)) == outputs(6)[3:]
@@ -164,8 +162,8 @@ async def test_following_joins_what_is_stored_and_what_comes(rig: Rig, door: Nat
 async def test_following_the_end_waits_for_more(rig: Rig, door: NatsTurns):
     async with (await rig.answers()).open("T1", "main") as answer:
         await write(answer, token("a"))
-        [first] = await anext(door.follow("T1"))
-        rest = asyncio.create_task(heard(door.follow("T1", first.sequence)))
+        [first] = await anext(aiter(await door.follow("T1")))
+        rest = asyncio.create_task(heard(await door.follow("T1", first.sequence)))
         await write(answer, DONE)
         assert read(await rest) == [DONE]
 
@@ -175,16 +173,16 @@ async def test_nothing_is_read_beyond_the_end(rig: Rig, door: NatsTurns, client:
     live = await opened(door)
     arrived = 0
 
-    async def count(deliver: Callable[[], Awaitable[None]]) -> None:
+    def count(deliver: Deliver) -> None:
         nonlocal arrived
-        await deliver()
+        deliver()
         arrived += 1
 
     through(client, count)
     await say(rig, token("a"), DONE, token("b"), late)
     await until(lambda: arrived == 4)
     assert read(await heard(live)) == [token("a"), DONE]
-    assert read(await heard(door.follow("T1"))) == [token("a"), DONE]
+    assert read(await heard(await door.follow("T1"))) == [token("a"), DONE]
 
 
 # --- a feed that cannot be trusted -----------------------------------------------------------------------------
@@ -196,9 +194,9 @@ async def test_what_the_feed_lost_in_the_middle_is_read_from_the_stream(
 ):
     places = itertools.count()
 
-    async def lose(deliver: Callable[[], Awaitable[None]]) -> None:
+    def lose(deliver: Deliver) -> None:
         if next(places) not in lost:
-            await deliver()
+            deliver()
 
     through(client, lose)
     batches = await opened(door)
@@ -210,9 +208,9 @@ async def test_what_the_feed_lost_in_the_middle_is_read_from_the_stream(
 async def test_a_lost_end_is_found_by_asking(rig: Rig, door: NatsTurns, client: Line, soon_idle: None, lost: set[int]):
     places = itertools.count()
 
-    async def lose(deliver: Callable[[], Awaitable[None]]) -> None:
+    def lose(deliver: Deliver) -> None:
         if next(places) not in lost:
-            await deliver()
+            deliver()
 
     through(client, lose)
     batches = await opened(door)
@@ -244,17 +242,17 @@ async def test_a_silent_turn_is_asked_for_less_and_less_often(rig: Rig, client: 
 @pytest.mark.parametrize("seed", range(8))
 async def test_a_feed_that_repeats_and_jumps_doubles_nothing(rig: Rig, door: NatsTurns, client: Line, never_idle: None, seed: int):
     chance = random.Random(seed)
-    kept: list[Callable[[], Awaitable[None]]] = []
+    kept: list[Deliver] = []
     arrived = 0
 
-    async def keep(deliver: Callable[[], Awaitable[None]]) -> None:
+    def keep(deliver: Deliver) -> None:
         nonlocal arrived
         arrived += 1
         kept.extend([deliver] * chance.randint(1, 3))
         if len(kept) >= 8:
             chance.shuffle(kept)
             for each in [kept.pop() for _ in range(5)]:
-                await each()
+                each()
 
     through(client, keep)
     batches = await opened(door)
@@ -262,14 +260,14 @@ async def test_a_feed_that_repeats_and_jumps_doubles_nothing(rig: Rig, door: Nat
     await say(rig, *outputs(30))
     await until(lambda: arrived == 30)
     for each in kept:
-        await each()
+        each()
     assert read(await reading) == outputs(30)
 
 
 async def test_a_feed_told_backwards_is_put_in_order(rig: Rig, door: NatsTurns, client: Line, never_idle: None):
-    kept: list[Callable[[], Awaitable[None]]] = []
+    kept: list[Deliver] = []
 
-    async def keep(deliver: Callable[[], Awaitable[None]]) -> None:
+    def keep(deliver: Deliver) -> None:
         kept.append(deliver)
 
     through(client, keep)
@@ -277,7 +275,7 @@ async def test_a_feed_told_backwards_is_put_in_order(rig: Rig, door: NatsTurns, 
     await say(rig, *outputs(8))
     await until(lambda: len(kept) == 8)
     for deliver in reversed(kept):
-        await deliver()
+        deliver()
     assert read(await heard(batches)) == outputs(8)
 
 
@@ -286,9 +284,9 @@ async def test_a_reader_too_slow_for_the_feed_gets_everything(rig: Rig, client: 
     follower = Follower(client, "T1", "main", 0)
     most = arrived = 0
 
-    async def count(deliver: Callable[[], Awaitable[None]]) -> None:
+    def count(deliver: Deliver) -> None:
         nonlocal most, arrived
-        await deliver()
+        deliver()
         most, arrived = max(most, len(follower._pending)), arrived + 1
 
     through(client, count)
@@ -304,11 +302,11 @@ async def test_a_message_without_its_sequence_does_not_end_the_reading(rig: Rig,
     batches = await opened(door)
     first = True
 
-    async def overhear(subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
+    def overhear(subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
         nonlocal first
         broken = first and subject == LIVE.encode()
         first = first and not broken
-        await ear(subject, b"" if broken else headers, data)
+        ear(subject, b"" if broken else headers, data)
 
     client.overhear = overhear
     await say(rig, *outputs(4))
@@ -317,7 +315,7 @@ async def test_a_message_without_its_sequence_does_not_end_the_reading(rig: Rig,
 
 async def test_a_broker_that_dies_while_we_follow_loses_nothing(rig: Rig, door: NatsTurns, soon_idle: None):
     batches = await opened(door)
-    reading, following = (asyncio.create_task(heard(each)) for each in (batches, door.follow("T1")))
+    reading, following = (asyncio.create_task(heard(each)) for each in (batches, await door.follow("T1")))
     async with (await rig.answers()).open("T1", "main") as answer:
         for part in (slice(0, 30), slice(30, 60), slice(60, 90)):
             await write(answer, *outputs(90)[part])
@@ -341,7 +339,7 @@ async def test_following_begins_while_the_broker_is_away(
     client.swallow = ask
     await asyncio.to_thread(rig.broker.kill)
     await until(lambda: not client.is_connected)
-    following = asyncio.create_task(heard(door.follow("T1")))
+    following = asyncio.create_task(heard(await door.follow("T1")))
     await until(lambda: len(asked) > 2)  # the first and the second in vain
     await asyncio.to_thread(rig.broker.restart)
     assert read(await following) == outputs(3)
@@ -374,7 +372,7 @@ async def test_a_full_queue_is_told_at_once(rig: Rig, door: NatsTurns, client: L
         await opened(door, "T2")
     assert await rig.waiting() == 1
     assert listening(client) == [LIVE]
-    await first.aclose()  # type: ignore[attr-defined]
+    await first.aclose()
 
 
 async def test_a_turn_larger_than_the_broker_takes_is_refused_and_harms_nobody(rig: Rig, door: NatsTurns, client: Line):
@@ -421,7 +419,7 @@ async def test_a_reading_that_ended_leaves_nothing_behind(rig: Rig, door: NatsTu
     batches = await opened(door)
     await say(rig, *outputs(3))
     await heard(batches)
-    await heard(door.follow("T1"))
+    await heard(await door.follow("T1"))
     assert not client._ears
     assert not listening(client)
     assert door.facts() == {"turns_opened": 1, "streams_open": 0, "connected": True}
@@ -429,9 +427,9 @@ async def test_a_reading_that_ended_leaves_nothing_behind(rig: Rig, door: NatsTu
 
 @pytest.mark.parametrize("opens", [True, False])
 async def test_a_reading_that_is_closed_early_leaves_nothing_behind(rig: Rig, door: NatsTurns, client: Line, opens: bool):
-    async with aclosing(await opened(door) if opens else door.follow("T1")) as batches:  # type: ignore[type-var]
+    async with aclosing(await opened(door) if opens else await door.follow("T1")) as batches:
         await say(rig, token("a"), token("b"))
-        await anext(batches)
+        await anext(aiter(batches))
         assert client._ears
         assert listening(client) == [LIVE]
         assert door.facts()["streams_open"] == 1
@@ -442,7 +440,7 @@ async def test_a_reading_that_is_closed_early_leaves_nothing_behind(rig: Rig, do
 
 @pytest.mark.parametrize("opens", [True, False])
 async def test_a_reading_that_is_cancelled_leaves_nothing_behind(rig: Rig, door: NatsTurns, client: Line, opens: bool):
-    batches = await opened(door) if opens else door.follow("T1")
+    batches = await opened(door) if opens else await door.follow("T1")
     begun = asyncio.Event()
 
     async def read_on() -> None:
@@ -462,10 +460,10 @@ async def test_a_reading_that_is_cancelled_leaves_nothing_behind(rig: Rig, door:
 async def test_a_reading_that_never_began_leaves_nothing_behind(door: NatsTurns, client: Line):
     batches = await opened(door)
     assert listening(client) == [LIVE]
-    await batches.aclose()  # type: ignore[attr-defined]
+    await batches.aclose()
     assert not client._ears
     assert not listening(client)
-    await door.follow("T1").aclose()  # type: ignore[attr-defined]
+    await (await door.follow("T1")).aclose()
     assert not client._ears
 
 
@@ -482,7 +480,7 @@ async def test_a_reading_that_is_closed_while_the_broker_is_away_is_not_taken_up
     batches = await opened(door)
     await asyncio.to_thread(rig.broker.kill)
     await until(lambda: not client.is_connected)
-    await batches.aclose()  # type: ignore[attr-defined]
+    await batches.aclose()
     await asyncio.to_thread(rig.broker.restart)
     await until(lambda: client.is_connected)
     assert not client._ears

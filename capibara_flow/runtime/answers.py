@@ -11,16 +11,14 @@ from contextlib import asynccontextmanager
 
 import orjson
 from nats.errors import Error as NatsError
-from nats.errors import NoRespondersError
 
 from capibara_flow.errors import BrokerUnavailable, LeaseLost, TooLarge
-from capibara_flow.runtime.client import TokenClient, encoded, status
-from capibara_flow.runtime.output import Stored, fits, last_message, stored
+from capibara_flow.runtime.client import TokenClient, status
+from capibara_flow.runtime.lease import WRONG_SEQUENCE, Lease
+from capibara_flow.runtime.output import everything, fits, last_message
 from capibara_flow.telemetry import log
 from topics.output import Output, parse
 
-_EXPECTED, _EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence", "Nats-Expected-Last-Subject-Sequence-Subject"
-_WRONG_SEQUENCE = 10071
 _MAX_BATCH = 256 * 1024  # bytes; the broker's default limit of a message is 1 MiB
 _PATIENCE = 15.0  # seconds that an answer waits for the broker: an election of a new leader takes 5
 _STUCK = 3.0  # seconds without an acknowledgement before we look what became of a batch
@@ -38,11 +36,9 @@ class FencedAnswer:
         self._scope: asyncio.Timeout | None = None
         self._hub = hub
         self._token, self._reply = hub.expect(self)
-        self._name = self._reply
         self._subject = f"cf.out.{turn}.data.{branch}"
-        self._lease_subject = f"cf.out.{turn}.lease.{branch}"
-        self._lease = self._stored = 0
-        self._headers = b""
+        self._lease = Lease(hub.client, f"cf.out.{turn}.lease.{branch}", f"{hub.owner} {self._reply}")
+        self._stored = 0
         self._lines: list[bytes] = []
         self._flying: bytes | None = None
         self._since = self._first_sent = 0.0
@@ -52,16 +48,10 @@ class FencedAnswer:
 
     async def take(self) -> None:
         """Become the owner, and learn what an owner before us said; raises ``LeaseLost``."""
-        lease, taken_over = await self._hub.take_lease(self._lease_subject, self._name)
-        self._own(lease)
-        if taken_over:
-            messages = await self._hub.everything(self._subject, 0)
+        if await self._lease.take():
+            messages = await everything(self._hub.client, self._subject, 0, _PATIENCE)
             self.said = tuple(parse(line) for message in messages for line in message.data.split(b"\n"))
             self._stored = messages[-1].sequence if messages else 0
-
-    def _own(self, lease: int) -> None:
-        self._lease = lease
-        self._headers = encoded({_EXPECTED: str(lease), _EXPECTED_SUBJECT: self._lease_subject})
 
     def cancel(self) -> None:
         """Somebody asks the turn to stop; asking twice is asking once."""
@@ -115,7 +105,7 @@ class FencedAnswer:
     def _publish(self, batch: bytes) -> None:
         self._since = self._hub.now()
         try:
-            self._hub.client.send(self._subject, batch, reply=self._reply, headers=self._headers)
+            self._hub.client.send(self._subject, batch, reply=self._reply, headers=self._lease.condition)
         except NatsError as error:  # no connection, and no room to keep it: the watchdog tries again
             log.warning("output_delayed", turn=self.turn, error=repr(error))
 
@@ -127,7 +117,7 @@ class FencedAnswer:
         error = answer.get("error")
         if error is None:
             self._done(answer["seq"])
-        elif error["err_code"] == _WRONG_SEQUENCE:
+        elif error["err_code"] == WRONG_SEQUENCE:
             self._fail(LeaseLost(f"branch of {self.turn} was taken over: {error['description']}"))
         else:  # for instance "in process" during an election: the watchdog looks again
             log.warning("output_refused", turn=self.turn, error=error["description"])
@@ -157,11 +147,11 @@ class FencedAnswer:
             # From here on no word on what we sent so far counts, and with a new lease none of it will be stored any more.
             self._hub.forget(self._token)
             try:
-                self._own(await self._hub.renew_lease(self._lease_subject, self._name, self._lease))
+                await self._lease.renew()
             except LeaseLost as error:
                 self._fail(error)
                 return
-            found = await self._hub.everything(self._subject, self._stored)
+            found = await everything(self._hub.client, self._subject, self._stored, _PATIENCE)
             if self._closed:
                 return
             self._token, self._reply = self._hub.expect(self)
@@ -192,7 +182,7 @@ class FencedAnswers:
         self.client = client
         #: The loop's clock, in seconds.
         self.now = asyncio.get_running_loop().time
-        self._owner = owner
+        self.owner = owner
         self._open: set[FencedAnswer] = set()
         self._expected: dict[str, FencedAnswer] = {}
         self._count = 0
@@ -222,61 +212,6 @@ class FencedAnswers:
         finally:
             self._open.discard(answer)
             answer.close()
-
-    async def take_lease(self, subject: str, name: str) -> tuple[int, bool]:
-        """The sequence of our lease, and whether somebody held one before us; raises ``LeaseLost``."""
-        first = await self._bid(subject, name, 0)  # nearly always nobody was here before
-        if first is not None:
-            return first, False
-        before = await last_message(self.client, subject)
-        lease = await self._bid(subject, name, before.sequence if before else 0)
-        if lease is None:
-            raise LeaseLost(f"somebody else took {subject} at the same time")
-        return lease, True
-
-    async def renew_lease(self, subject: str, name: str, lease: int) -> int:
-        """A new lease in place of our old one; raises ``LeaseLost``."""
-        renewed = await self._bid(subject, name, lease)
-        if renewed is None:
-            last = await last_message(self.client, subject)
-            if last is None or last.data != self._signed(name):  # else it is a bid of ours whose answer got lost
-                raise LeaseLost(f"somebody else took {subject}")
-            renewed = last.sequence
-        return renewed
-
-    def _signed(self, name: str) -> bytes:
-        return f"{self._owner} {name}".encode()
-
-    async def _bid(self, subject: str, name: str, expected: int) -> int | None:
-        """Write our name as the lease that follows *expected*: its sequence, or none when another one followed."""
-        try:
-            reply = await self.client.request(subject, self._signed(name), timeout=5, headers={_EXPECTED: str(expected)})
-        except NoRespondersError as error:
-            raise BrokerUnavailable("the output stream is not there") from error
-        except (NatsError, TimeoutError) as error:
-            raise BrokerUnavailable(f"no lease: {error!r}") from error
-        answer = orjson.loads(reply.data)
-        if refusal := answer.get("error"):
-            if refusal["err_code"] == _WRONG_SEQUENCE:
-                return None
-            raise BrokerUnavailable(f"no lease: {refusal['description']}")
-        return int(answer["seq"])
-
-    async def everything(self, subject: str, after: int) -> list[Stored]:
-        """All that is stored of *subject* above *after*: complete, because the lease already refuses any earlier owner."""
-        last = await last_message(self.client, subject)
-        found: list[Stored] = []
-        end = self.now() + _PATIENCE
-        while last is not None and after < last.sequence:
-            # A replica that lags behind answers short: ask until the leader's last message has come.
-            if messages := await stored(self.client, subject, after):
-                found += messages
-                after = messages[-1].sequence
-            elif self.now() > end:
-                raise BrokerUnavailable(f"{subject} cannot be read to its end")
-            else:
-                await asyncio.sleep(0.05)
-        return found
 
     async def _look_for_cancel(self, answer: FencedAnswer) -> None:
         """Whether somebody asked for it when we could not hear."""

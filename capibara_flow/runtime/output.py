@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,23 @@ async def stored(client: TokenClient, subject: str, after: int, stream: str = OU
         raise BrokerUnavailable(f"{stream} does not answer: {error!r}") from error
     finally:
         await client.deafen(subscription)
+    return found
+
+
+async def everything(client: TokenClient, subject: str, after: int, patience: float) -> list[Stored]:
+    """All messages of *subject* above *after* that the leader has; raises ``BrokerUnavailable``, after *patience* seconds at the latest."""
+    last = await last_message(client, subject)
+    found: list[Stored] = []
+    end = time.monotonic() + patience
+    while last is not None and after < last.sequence:
+        # A replica that lags behind answers short: ask until the leader's last message has come.
+        if messages := await stored(client, subject, after):
+            found += messages
+            after = messages[-1].sequence
+        elif time.monotonic() > end:
+            raise BrokerUnavailable(f"{subject} cannot be read to its end")
+        else:
+            await asyncio.sleep(0.05)
     return found
 
 

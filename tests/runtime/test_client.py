@@ -261,12 +261,32 @@ async def test_an_ordinary_client_receives_what_is_sent(rig: Rig):
     reply = sender.new_inbox()
     ear = Ear()
     await sender.listen(reply, ear)
+    await flushed(sender)
     sender.send(OUT, b"body\r\nof two lines", reply=reply, headers=encoded(headers))
+    assert sender._pending_data_size
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not sender._pending_data_size  # it did not wait for anything else that would take it along, such as a ping
     message = await subscription.next_msg(timeout=10)
     assert (message.subject, message.reply, message.data) == (OUT, reply, b"body\r\nof two lines")
     assert message.headers == headers
     await until(lambda: ear.heard)
     assert [json.loads(data) for data in ear.data] == [{"stream": "CF_OUT", "seq": 1}]
+
+
+async def test_what_is_sent_and_published_in_one_breath_arrives_whole_and_in_order(rig: Rig):
+    sender, ear = await rig.client("caller"), Ear()
+    edge = await rig.client("edge")
+    await edge.listen(LIVE, ear)
+    await flushed(edge)
+    reply = sender.new_inbox()
+    for number in range(0, 600, 3):
+        sender.send(OUT, b"%d" % number, reply=reply, headers=encoded({"Some": "header"}))
+        await sender.publish(OUT, b"%d" % (number + 1))
+        sender.send(OUT, b"%d" % (number + 2), reply=reply, headers=encoded({}))
+    await until(lambda: len(ear.heard) == 600)
+    assert ear.data == [b"%d" % number for number in range(600)]
+    assert sender._pending_data_size == 0
 
 
 async def test_sending_is_refused_where_publishing_would_be(rig: Rig):

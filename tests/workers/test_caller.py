@@ -1,5 +1,7 @@
 """The caller on a real broker, with an engine and answers that remember."""
 
+import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -12,6 +14,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from capibara_flow import wiring
+from capibara_flow.domain.answering import Account
 from capibara_flow.domain.turns import turn_id
 from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy
 from capibara_flow.ports import Finish, Text, ToolFragment
@@ -19,7 +22,7 @@ from capibara_flow.runtime import connection
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.settings import Settings, WorkerSettings
 from tests.conftest import settings_for
-from tests.fakes import FakeAnswers, FakeEngine, spoken
+from tests.fakes import FakeAnswer, FakeAnswers, FakeEngine, spoken
 from tests.waiting import until
 from topics.chat import CallExpert, ChatRequest
 from topics.output import Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage
@@ -72,7 +75,7 @@ async def start(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Start]:
     """Starts a caller with an engine and answers."""
     file = tmp_path / "fleet.toml"
     file.write_text('[[experts]]\nname = "ex.pert"\nurls = ["http://127.0.0.1:9"]\n', encoding="utf-8")
-    settings = settings_for(broker, file, worker=WorkerSettings(retry_seconds=0.01, max_deliver=3))
+    settings = settings_for(broker, file, worker=WorkerSettings(retry_seconds=0.01, max_deliver=3, graceful_seconds=1))
     await wiring.apply_streams(settings)
     async with AsyncExitStack() as stack:
 
@@ -258,3 +261,62 @@ async def test_an_expert_that_is_not_served_here_is_named(start: Start) -> None:
     failed = answers.outputs[-1]
     assert isinstance(failed, Failed)
     assert (failed.status, failed.detail) == (404, "this caller does not serve ex_pert")
+
+
+class Blocked(FakeAnswer):
+    """Takes *most* outputs; whoever writes more waits for ever."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.full = asyncio.Event()
+        self._most = most
+
+    async def write(self, output: Output) -> None:
+        if len(self.outputs) == self._most:
+            self.full.set()
+            await asyncio.Event().wait()
+        await super().write(output)
+
+
+def account() -> Account:
+    return Account(turn=TURN, branch="main", expert="ex.pert", attempt=1, started=0.0, burnt=0)
+
+
+@pytest.mark.parametrize("most", [0, 1, 100])
+async def test_a_relay_that_is_cancelled_closes_the_engine_s_stream(most: int) -> None:
+    engine, answer = FakeEngine(spoken("a", "b", "c"), hangs_after=3), Blocked(most)
+    relay = asyncio.create_task(caller._relay(engine.stream(REQUEST), account(), answer, lambda: 5.0))
+    await (engine.silent if most == 100 else answer.full).wait()
+    assert engine.closings == 0
+    relay.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await relay
+    assert engine.closings == 1
+    assert texts(answer.outputs) == ["a", "b", "c"][:most]
+
+
+async def test_a_relay_that_is_cancelled_before_it_begins_asks_nobody(recwarn: pytest.WarningsRecorder) -> None:
+    engine = FakeEngine()
+    relay = asyncio.create_task(caller._relay(engine.stream(REQUEST), account(), FakeAnswer(), lambda: 5.0))
+    relay.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await relay
+    gc.collect()
+    assert (engine.requests, engine.closings) == ([], 0)
+    assert not recwarn.list
+
+
+async def test_a_worker_that_is_stopped_lets_the_engine_go_and_leaves_the_turn_to_another(start: Start) -> None:
+    engine, answers = FakeEngine(spoken("a", "b"), hangs_after=1), FakeAnswers()
+    stand = await start(engine, answers)
+    await stand.call()
+    await engine.silent.wait()
+    await stand.stop()
+    assert engine.closings == 1
+    assert texts(answers.outputs) == ["a"]
+    assert await stand.waiting() == 1
+    other = FakeEngine(spoken("whole"))
+    stand = await start(other, answers)
+    await stand.until_settled()
+    assert [type(output) for output in answers.outputs] == [Token, Reset, Token, Usage, Done]
+    assert texts(answers.outputs) == ["a", "whole"]

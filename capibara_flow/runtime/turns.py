@@ -120,10 +120,15 @@ class Follower:
             return
         if self._heard:  # the tap took it
             self._heard = False
-            self._idle = _IDLE_FIRST
-            self._timer = self._loop.call_later(self._idle, self._silence)
+            self._listen_closely()
         else:
             self._waiting.set_result(False)
+
+    def _listen_closely(self) -> None:
+        """The turn speaks: should it fall silent, look soon."""
+        self._timer.cancel()
+        self._idle = _IDLE_FIRST
+        self._timer = self._loop.call_later(self._idle, self._silence)
 
     def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
@@ -135,6 +140,8 @@ class Follower:
             self._keep(sequence, previous, data)
             return
         self._heard = True
+        if self._idle > _IDLE_FIRST:
+            self._listen_closely()
         verdict = self._cursor.judge(sequence, previous)
         if verdict is Verdict.GAP:
             self._keep(sequence, previous, data)

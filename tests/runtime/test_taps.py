@@ -246,6 +246,7 @@ async def test_a_turn_that_speaks_again_is_asked_for_soon_again(memory: MemoryCl
         following.clock.ring()
         await settled()
     memory.say(token("a"))
+    assert following.clock.delays == [turns._IDLE_FIRST]  # at once, not when the long wait would have ended
     following.clock.ring()
     assert following.clock.delays == [turns._IDLE_FIRST]
     following.clock.ring()

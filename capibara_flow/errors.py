@@ -14,6 +14,7 @@ Two questions decide every error's name: may we try again, and who must know?
     - TurnExpired         its deadline has passed
     - TurnUnknown         no such turn, or its output has aged out
     - TooLarge            larger than the broker takes at once
+    - EngineRefusesUs     the engine does not take the key that we are configured with
     - QueueFull           the queue takes no more now
     - Unauthorized        no key, or one that nobody has
     - CannotStart         something that should run on this machine cannot
@@ -98,6 +99,12 @@ class TooLarge(Terminal):
     """The request is larger than the broker takes at once."""
 
     status = 413
+
+
+class EngineRefusesUs(Terminal):
+    """The engine does not take the key that we are configured with: no fault of the client."""
+
+    status = 502
 
 
 class QueueFull(Terminal):

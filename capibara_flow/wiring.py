@@ -23,7 +23,12 @@ from topics.streams import Consumer, Layout, caller_consumer, router_consumer, s
 
 def layout(settings: Settings) -> Layout:
     """The streams as this installation wants them."""
-    return Layout(turn_age=settings.log.turn_age_seconds, dead_age=settings.log.dead_age_seconds, log=settings.log.enabled)
+    return Layout(
+        turn_age=settings.log.turn_age_seconds,
+        dead_age=settings.log.dead_age_seconds,
+        log=settings.log.enabled,
+        replicas=settings.nats.replicas,
+    )
 
 
 def consumers(settings: Settings) -> tuple[Consumer, ...]:
@@ -45,7 +50,7 @@ async def apply_streams(settings: Settings) -> list[str]:
     """Make the broker agree with the map; a line for everything done."""
     async with connected(settings, "provisioner") as client:
         jetstream = client.jetstream(timeout=15)
-        return await provision.apply(jetstream, layout(settings), consumers(settings), settings.nats.replicas)
+        return await provision.apply(jetstream, layout(settings), consumers(settings))
 
 
 async def show_streams(settings: Settings) -> list[dict[str, Any]]:
@@ -89,7 +94,7 @@ async def worker_needs(name: str, settings: Settings) -> AsyncIterator[dict[str,
     answers = FencedAnswers(client, f"{name}@{socket.gethostname()}:{os.getpid()}")
     await answers.start()
     engines = {subject_token(each.name): build_expert(each) for each in settings.experts.active} if name == "caller" else {}
-    common = {"answers": answers, "retry_seconds": settings.worker.retry_seconds}
+    common = {"answers": answers, "layout": layout(settings), "retry_seconds": settings.worker.retry_seconds}
     try:
         if name == "router":
             consumer = _tuned(router_consumer(), settings)

@@ -31,8 +31,10 @@ from capibara_flow.cli.doctor import browser, examine
 from capibara_flow.cli.fleets import Served
 from capibara_flow.cli.supervisor import Stopped, Supervisor, free_port, is_free, local_get
 from capibara_flow.cli.up import Wish, understood
+from capibara_flow.engines import xllamacpp
 from capibara_flow.errors import CannotStart, EngineBusy
 from tests.webserver import serving
+from topics.chat import Sampling
 
 CAPIBARA = [sys.executable, "-m", "capibara_flow"]
 
@@ -83,13 +85,23 @@ def test_version():
         ["up", "--port", "70000"],
         ["up", "--engine", "localhost:8080"],
         ["up", "--engine", "http://x", "--fleet", "f.toml"],
+        ["up", "--engine", "http://user:hunter2@x/v1"],
         ["up", "--log-level", "loud"],
         ["engine", "scripted", "no-such-file.toml"],
         ["worker"],
     ],
 )
 def test_wrong_usage_exits_with_2(words):
-    assert run(*words).exit_code == 2
+    result = run(*words)
+    assert result.exit_code == 2
+    assert "hunter2" not in result.output
+
+
+def test_an_unknown_worker_is_told_who_there_is():
+    done = subprocess.run([*CAPIBARA, "worker", "router", "nope"], check=False, capture_output=True, text=True, timeout=60)
+    said = " ".join(done.stderr.split())
+    assert (done.returncode, "no worker 'nope'" in said, "router, caller" in said) == (2, True, True)
+    assert "python -m workers" not in said
 
 
 def test_the_supervisor_loads_nothing_heavy():
@@ -136,10 +148,8 @@ def test_up_says_what_is_missing_and_leaves_nothing(tmp_path, words, remedy):
     assert result.returncode == 1
     assert result.stderr.startswith("error: ")
     assert remedy in result.stderr
-    with (tmp_path / "state" / "nats" / "lock").open() as lock:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert "broker" not in result.stdout
+    assert not (tmp_path / "state" / "nats").exists()
 
 
 def test_up_on_a_taken_port_names_the_option(tmp_path):
@@ -187,6 +197,15 @@ def test_any_models_make_a_fleet_that_can_be_read(tmp_path_factory, models):
     fleet = settings.read_fleet(path)
     assert [expert.model for expert in fleet.experts] == models
     assert [expert.name for expert in fleet.experts] == [each.name for each in served] == [each.name for each in fleets.listed(path)]
+
+
+def test_the_small_model_is_kept_from_repeating_itself_and_a_brought_one_is_left_alone(tmp_path):
+    served = [fleets.local("small", 9, fleets.SMALL_SAMPLING), fleets.local("mine", 9)]
+    (tmp_path / "f.toml").write_text(fleets.fleet_toml(served), encoding="utf-8")
+    small, mine = settings.read_fleet(tmp_path / "f.toml").experts
+    assert small.sampling.model_dump(exclude_none=True, exclude={"stop"}) == fleets.SMALL_SAMPLING
+    assert mine.sampling == Sampling()
+    assert small.concurrency == xllamacpp.SLOTS
 
 
 def test_a_fleet_file_is_for_our_eyes_only(tmp_path):
@@ -238,13 +257,16 @@ def test_a_crashed_child_is_started_again_and_ended_in_the_end(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     watcher = threading.Thread(target=stop_when_restarted)
+    pids: list[int | None] = []
     with Supervisor(said.append) as supervisor:
+        supervisor.on_restart = lambda: pids.append(kept.pid)
         supervisor.start(kept)
         watcher.start()
         with pytest.raises(Stopped):
             supervisor.watch()
     watcher.join()
     assert not kept.alive
+    assert pids == [kept.pid]
     assert [line.partition(" (")[0] for line in said] == ["child ended with exit code 3", "child runs again", "stopping ..."]
 
 
@@ -365,6 +387,14 @@ def test_doctor_tells_a_broken_fleet(monkeypatch, quiet, tmp_path):
     (tmp_path / "f.toml").write_text("experts = []", encoding="utf-8")
     monkeypatch.setenv("CAPIBARA_FLEET__FILE", str(tmp_path / "f.toml"))
     assert findings()["fleet"] == "fail"
+
+
+def test_doctor_keeps_a_password_of_the_fleet_to_itself(monkeypatch, quiet, tmp_path):
+    (tmp_path / "f.toml").write_text(fleets.fleet_toml([Served("one", "http://user:hunter2@h:1/v1")]), encoding="utf-8")
+    monkeypatch.setenv("CAPIBARA_FLEET__FILE", str(tmp_path / "f.toml"))
+    [found] = [each for each in examine() if each.name == "fleet"]
+    assert (found.verdict, "api_key" in found.detail) == ("fail", True)
+    assert not any("hunter2" in each.detail + each.remedy for each in examine())
 
 
 def test_a_missing_browser_is_no_failure():
@@ -519,6 +549,17 @@ def test_ctrl_c_cancels_the_turn():
         _, errors = asking.communicate(timeout=30)
     assert (asking.returncode, edge.cancelled) == (130, ["T1"])
     assert b"Traceback" not in errors
+
+
+def test_who_stops_reading_cancels_the_turn_without_a_word():
+    edge = FakeEdge([sse("turn"), sse("token", 1, text="an endless"), FakeEdge.HANG])
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with serving(edge.routes) as url:
+        asking = subprocess.Popen([*CAPIBARA, "chat", "hi", "--url", url], stdout=theirs, stderr=subprocess.PIPE)
+        os.close(theirs)
+        _, errors = asking.communicate(timeout=30)
+    assert (asking.returncode, errors, edge.cancelled) == (128 + signal.SIGPIPE, b"", ["T1"])
 
 
 def test_a_conversation_is_kept_until_new():

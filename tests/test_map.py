@@ -105,6 +105,8 @@ def test_every_stream_forgets():
     for layout in (Layout(), Layout(log=False)):
         assert all(0 < stream.max_age <= 24 * 3600 for stream in layout.streams)
         assert all(stream.dedupe_window <= stream.max_age for stream in layout.streams)
+        assert sum(stream.max_bytes for stream in layout.streams) <= layout.storage  # else a broker could not reserve it
+        assert all(stream.max_bytes > 0 for stream in layout.streams)
     assert "CF_LOG" not in {stream.name for stream in Layout(log=False).streams}
 
 

@@ -25,7 +25,7 @@ class Hop:
 
 
 FLOW = (
-    Hop("router", RouteTurn, (CallExpert, TurnRouted, TurnFailed), (Routed, Done, Failed)),
+    Hop("router", RouteTurn, (CallExpert, TurnRouted, TurnFailed), (Routed, Failed)),
     Hop("caller", CallExpert, (ExpertCalled, TurnFailed), (Token, ToolCalled, Reset, Usage, Done, Failed)),
 )
 

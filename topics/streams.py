@@ -1,24 +1,27 @@
 """The JetStream streams and consumers as data; ``capibara streams apply`` makes a broker agree with them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 MINUTE, HOUR = 60, 3600
+GIBIBYTE = 1024**3
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One JetStream stream: what it keeps, for how long (seconds), and how much (messages)."""
+    """One JetStream stream: what it keeps, for how long (seconds), and how much (messages, bytes)."""
 
     name: str
     subjects: tuple[str, ...]
     keeps: Literal["work", "limits"]
     max_age: int
     max_messages: int
+    max_bytes: int
     dedupe_window: int = 2 * MINUTE
     max_per_subject: int = -1
     direct: bool = False
     republish: tuple[str, str] | None = None
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,16 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Layout:
-    """All streams, by name; ages are what an operator may change."""
+    """All streams, by name; the fields are what an operator may change.
+
+    *storage* (bytes) is shared out, so that no stream can starve another: a log that is full forgets, a queue that is full refuses.
+    """
 
     turn_age: int = HOUR
     dead_age: int = 24 * HOUR
     log: bool = True
+    storage: int = 8 * GIBIBYTE
+    replicas: int = 1
     streams: tuple[Stream, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,25 +55,27 @@ class Layout:
 
     def _all(self) -> list[Stream]:
         asked = ("cf.work.*.>", "cf.log.{{wildcard(1)}}.asked.>") if self.log else None
+        eighth = self.storage // 8
         streams = [
-            Stream("CF_WORK_ROUTER", ("cf.work.*.router",), "work", 15 * MINUTE, 20_000, 15 * MINUTE, republish=asked),
-            Stream("CF_WORK_CALL", ("cf.work.*.call.*.*",), "work", 15 * MINUTE, 20_000, 15 * MINUTE, republish=asked),
+            Stream("CF_WORK_ROUTER", ("cf.work.*.router",), "work", 15 * MINUTE, 20_000, eighth, 15 * MINUTE, republish=asked),
+            Stream("CF_WORK_CALL", ("cf.work.*.call.*.*",), "work", 15 * MINUTE, 20_000, eighth, 15 * MINUTE, republish=asked),
             Stream(
                 "CF_OUT",
                 ("cf.out.*.lease.*", "cf.out.*.data.*"),
                 "limits",
                 self.turn_age,
                 -1,
+                3 * eighth,
                 max_per_subject=100_000,
                 direct=True,
                 republish=("cf.out.*.data.*", "cf.live.{{wildcard(1)}}.{{wildcard(2)}}"),
             ),
-            Stream("CF_CTL", ("cf.ctl.*.cancel",), "limits", self.turn_age, -1, max_per_subject=1, direct=True),
-            Stream("CF_DEAD", ("cf.dead.*.*",), "limits", self.dead_age, 100_000, direct=True),
+            Stream("CF_CTL", ("cf.ctl.*.cancel",), "limits", self.turn_age, -1, eighth // 2, max_per_subject=1, direct=True),
+            Stream("CF_DEAD", ("cf.dead.*.*",), "limits", self.dead_age, 100_000, eighth // 2, direct=True),
         ]
         if self.log:
-            streams.append(Stream("CF_LOG", ("cf.log.>",), "limits", self.turn_age, -1, direct=True))
-        return streams
+            streams.append(Stream("CF_LOG", ("cf.log.>",), "limits", self.turn_age, -1, 2 * eighth, direct=True))
+        return [replace(stream, replicas=self.replicas) for stream in streams]
 
     def named(self, name: str) -> Stream:
         """The stream called *name*; raises ``KeyError``."""

@@ -23,16 +23,28 @@ async def run(names: tuple[str, ...], settings: Settings) -> None:
     for each in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(each, stop.set)
     async with AsyncExitStack() as stack:
-        for name in names:
-            broker = connection.broker(settings, name)
-            needs = await stack.enter_async_context(wiring.worker_needs(name, settings))
-            await import_module(f"workers.{name}").build(broker, **needs).start()
-            # Leaving in reverse order: first the hands come to rest, then what they need is closed.
-            stack.push_async_callback(broker.stop)
+        # A broker that is not there yet is waited for, but not longer than we are wanted.
+        starting, unwanted = asyncio.create_task(_start(names, settings, stack)), asyncio.create_task(stop.wait())
+        await asyncio.wait({starting, unwanted}, return_when=asyncio.FIRST_COMPLETED)
+        unwanted.cancel()
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting})
+            return
+        await starting
         wiring.settle_in()
         telemetry.log.info("workers_ready", workers=names)
         await stop.wait()
         telemetry.log.info("workers_stopping", workers=names)
+
+
+async def _start(names: tuple[str, ...], settings: Settings, stack: AsyncExitStack) -> None:
+    for name in names:
+        broker = connection.broker(settings, name)
+        needs = await stack.enter_async_context(wiring.worker_needs(name, settings))
+        await import_module(f"workers.{name}").build(broker, **needs).start()
+        # Leaving in reverse order: first the hands come to rest, then what they need is closed.
+        stack.push_async_callback(broker.stop)
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from capibara_flow.telemetry import FIRST_TOKEN_SECONDS, TOKENS
 from topics.chat import CallExpert
 from topics.flow import hop
 from topics.output import Reset
-from topics.streams import Consumer
+from topics.streams import Consumer, Layout
 
 HOP = hop("caller")
 
@@ -27,11 +27,12 @@ def build(
     engines: Mapping[str, ChatEngine],
     answers: Answers,
     consumers: Mapping[Consumer, int],
+    layout: Layout | None = None,
     retry_seconds: float = 2.0,
     clock: Callable[[], float] = time.time,
 ) -> FastStream:
     """Wire the caller onto *broker*: *engines* by the expert's subject token, and permits by consumer."""
-    stage = Stage(broker, HOP, answers, retry_seconds=retry_seconds)
+    stage = Stage(broker, HOP, answers, layout=layout, retry_seconds=retry_seconds)
 
     async def call(command: CallExpert) -> None:
         if command.expert not in engines:

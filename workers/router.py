@@ -14,7 +14,7 @@ from capibara_flow.runtime.hops import Stage, tenant
 from topics.chat import CallExpert, RouteTurn, TurnRouted
 from topics.flow import hop
 from topics.output import Routed
-from topics.streams import Consumer, subject_token
+from topics.streams import Consumer, Layout, subject_token
 
 HOP = hop("router")
 
@@ -26,11 +26,12 @@ def build(
     answers: Answers,
     consumer: Consumer,
     permits: int = 32,
+    layout: Layout | None = None,
     retry_seconds: float = 2.0,
     clock: Callable[[], float] = time.time,
 ) -> FastStream:
     """Wire the router onto *broker*: decide, tell the client and the log, send the turn on."""
-    stage = Stage(broker, HOP, answers, retry_seconds=retry_seconds)
+    stage = Stage(broker, HOP, answers, layout=layout, retry_seconds=retry_seconds)
 
     @stage.takes(consumer, permits=permits)
     async def route(command: RouteTurn) -> None:

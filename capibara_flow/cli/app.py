@@ -6,6 +6,7 @@ What a command needs is imported inside it: ``--help`` is to be quick.
 # ruff: noqa: PLC0415  see above
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -122,6 +123,8 @@ def up(  # noqa: PLR0917  typer passes options by name
     for url in engine or ():
         if not url.startswith(("http://", "https://")):
             raise typer.BadParameter(f"--engine {url}: not an http:// or https:// address, such as http://127.0.0.1:8080/v1")
+        if "@" in url.split("/")[2]:
+            raise typer.BadParameter("--engine with a user or password in it: list the engine in a --fleet file, with its api_key")
     if not (engine or model or fleet) and (usual := os.environ.get("CAPIBARA_FLEET__FILE")):
         fleet = Path(usual)
     from capibara_flow.cli.up import Wish, become
@@ -140,15 +143,19 @@ def chat(
     from capibara_flow.cli.chat import Conversation
 
     conversation = Conversation(url, model, key)
-    if message is None and sys.stdin.isatty():
-        return conversation.talk()
-    question = message if message is not None else sys.stdin.read().strip()
-    if not question:
-        raise typer.BadParameter("nothing was asked")
     try:
+        if message is None and sys.stdin.isatty():
+            return conversation.talk()
+        question = message if message is not None else sys.stdin.read().strip()
+        if not question:
+            raise typer.BadParameter("nothing was asked")
         conversation.ask(question)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # What is left in the buffer has nowhere to go, and Python would complain about that at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(128 + signal.SIGPIPE) from None
 
 
 @app.command()
@@ -184,6 +191,11 @@ def worker(
     state: State = DEFAULT_STATE,
 ) -> None:
     """Run workers in this process."""
+    from topics.flow import FLOW
+
+    known = [hop.worker for hop in FLOW]
+    if names != ["all"] and (unknown := [name for name in names if name not in known]):
+        raise typer.BadParameter(f"no worker {', '.join(map(repr, unknown))}: one or more of {', '.join(known)}, or all")
     adopt(state)
     os.execv(sys.executable, [sys.executable, "-m", "workers", *names])  # noqa: S606  no shell is wanted
 

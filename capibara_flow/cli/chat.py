@@ -199,7 +199,10 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def ask(self, question: str) -> None:
-        """Ask and show the answer, which is remembered only when complete; raises ``ChatFailed``, ``KeyboardInterrupt``."""
+        """Ask and show the answer, which is remembered only when complete.
+
+        Raises ``ChatFailed``; ``KeyboardInterrupt`` and ``BrokenPipeError`` once the turn is cancelled.
+        """
         asked = [*self.messages, {"role": "user", "content": question}]
         screen = Screen(self.console, _write)
         asyncio.run(self._ask({"messages": asked} | ({"model": self.model} if self.model else {}), screen))
@@ -216,6 +219,10 @@ class Conversation:
                     screen.show(event)
             except asyncio.CancelledError:
                 screen.end()
+                await turn.cancel()
+                raise
+            except BrokenPipeError:
+                # Nobody reads what we write (`| head`): there is no use in more of it.
                 await turn.cancel()
                 raise
 

@@ -5,16 +5,18 @@ import os
 import re
 import time
 import tomllib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from capibara_flow.errors import CannotStart
 
+#: As many as our own engine has slots.
 LOCAL_CONCURRENCY = 2
-#: A model this small wanders off at an engine's usual 0.8.
-LOCAL_TEMPERATURE = 0.2
+#: For the packaged model. So small, it wanders off at an engine's usual 0.8, and without a penalty it repeats itself to the
+#: end of its context: of 16 answers to "What is the capital of France?" and "What is a capybara?" 9 did, with it none.
+SMALL_SAMPLING: Mapping[str, float] = {"temperature": 0.2, "repeat_penalty": 1.15, "max_tokens": 400}
 _DIALECTS = {"llamacpp": "llama_server", "vllm": "vllm"}
 
 
@@ -28,12 +30,13 @@ class Served:
     dialect: str = "openai"
     scripted: bool = False
     concurrency: int = 64
-    temperature: float | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
-def local(alias: str, port: int) -> Served:
-    """The model that our own engine serves on *port*."""
-    return Served(alias, f"http://127.0.0.1:{port}/v1", alias, "llama_server", concurrency=LOCAL_CONCURRENCY, temperature=LOCAL_TEMPERATURE)
+def local(alias: str, port: int, sampling: Mapping[str, float] | None = None) -> Served:
+    """The model that our own engine serves on *port*; a model that somebody brought is sampled as its engine does."""
+    url = f"http://127.0.0.1:{port}/v1"
+    return Served(alias, url, alias, "llama_server", concurrency=LOCAL_CONCURRENCY, sampling=sampling or {})
 
 
 def listed(path: Path) -> list[Served]:
@@ -79,8 +82,8 @@ def _expert_toml(served: Served) -> str:
         lines.append(f"model = {_quoted(served.model)}")
     # Who named an engine knows what it can do; what it cannot, it refuses itself.
     lines += [f"scripted = {str(served.scripted).lower()}", f"concurrency = {served.concurrency}", "tools = true"]
-    if served.temperature is not None:
-        lines.append(f"sampling = {{ temperature = {served.temperature} }}")
+    if served.sampling:
+        lines.append(f"sampling = {{ {', '.join(f'{name} = {value}' for name, value in served.sampling.items())} }}")
     return "\n".join(lines) + "\n"
 
 

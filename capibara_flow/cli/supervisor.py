@@ -22,13 +22,15 @@ class Supervisor:
     """The broker and the children around it, inside a ``with`` block.
 
     SIGINT, SIGTERM and SIGHUP end the block's waiting with ``Stopped``; a second one kills the children at once. *report*
-    gets a line for whatever happens to a child. Use it in the main thread: signals and leashes belong to it.
+    gets a line for whatever happens to a child, and ``on_restart`` is called when one has another pid. Use it in the main
+    thread: signals and leashes belong to it.
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:
         self.children: list[Child] = []
         self.broker: EmbeddedBroker | None = None
         self.on_broker_restart: Callable[[], None] = lambda: None
+        self.on_restart: Callable[[], None] = lambda: None
         self._report = report
         self._signals = 0
         self._broker_crashes = 0
@@ -115,11 +117,14 @@ class Supervisor:
         self.broker.restart()
         self._broker_started = time.monotonic()
         self.on_broker_restart()
+        self.on_restart()
+        self._report(f"the broker runs again (pid {self.broker.pid})")
 
     def _watch_child(self, child: Child, now: float) -> None:
         if child.restart_at is not None:
             if now >= child.restart_at:
                 child.start()
+                self.on_restart()
                 self._report(f"{child.name} runs again (pid {child.pid})")
         elif not child.alive:
             code, delay = child.code, child.crashed(now)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from capibara_flow.cli import fleets, state
-from capibara_flow.cli.children import GRACE_SECONDS, Child
+from capibara_flow.cli.children import Child
 from capibara_flow.cli.supervisor import Stopped, Supervisor, free_port, is_free, local_get
 from capibara_flow.engines import weights
 from capibara_flow.errors import CannotStart, CapibaraError
@@ -27,6 +27,7 @@ from capibara_flow.runtime.embedded import EmbeddedBroker
 MODEL_SECONDS = 300.0
 READY_SECONDS = 90.0
 STREAMS_SECONDS = 60.0
+WORKERS_GRACE_SECONDS = 2.0
 # Nobody is given more of the broker than its part needs.
 ROLES = {"streams": ("provisioner",), "workers": ("router", "caller"), "edge": ("edge",), "engine": ()}
 MODEST = "SmolLM2-135M: proves the pipeline, not answer quality. Bring a better one with --model FILE.gguf or --engine URL."
@@ -62,6 +63,7 @@ class Run:
     console: Console
     supervisor: Supervisor
     port: int = 0
+    metrics_port: int = 0
     served: list[fleets.Served] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -74,11 +76,13 @@ class Run:
     def start(self) -> None:
         """Start everything; raises ``CannotStart``, ``Stopped``."""
         self.port = self._chosen_port()
+        model = self._model() if self.wish.serves_model else None
+        self._require_somebody()
         with self.step("broker") as say:
             broker = EmbeddedBroker(self.wish.state / "nats")
             self.supervisor.start_broker(broker)
             say(broker.url)
-        engine = self._start_engine() if self.wish.serves_model else None
+        engine = self._start_engine(*model) if model else None
         fleet = self._fleet_file()
         self.environment = broker.environment() | {
             "CAPIBARA_FLEET__FILE": str(fleet.absolute()),
@@ -126,7 +130,8 @@ class Run:
 
     # --- who answers ------------------------------------------------------------------------------------------
 
-    def _start_engine(self) -> Child:
+    def _model(self) -> tuple[Path, str]:
+        """The weights to serve here, and their name."""
         if importlib.util.find_spec("xllamacpp") is None:
             raise CannotStart(
                 "nothing here can serve a model: `pip install 'capibara-flow[local]'`, name a server with --engine URL, or --no-local-model"
@@ -134,10 +139,20 @@ class Run:
         path = self.wish.model or weights.packaged()
         if not path.is_file():
             raise CannotStart(f"--model {path}: no such file")
-        alias = fleets.expert_name(path.name) if self.wish.model else weights.ALIAS
+        return path, fleets.expert_name(path.name) if self.wish.model else weights.ALIAS
+
+    def _require_somebody(self) -> None:
+        if self.wish.fleet:
+            self.served += fleets.listed(self.wish.fleet)
+        elif not (self.wish.engines or self.wish.serves_model):
+            raise CannotStart(
+                "nobody to answer: name a server with --engine URL, a fleet with --fleet FILE, or a model with --model FILE.gguf"
+            )
+
+    def _start_engine(self, path: Path, alias: str) -> Child:
         # A port of our choice, so that the engine is found at the same address after a crash.
         port = free_port("127.0.0.1")
-        self.served.append(fleets.local(alias, port))
+        self.served.append(fleets.local(alias, port, None if self.wish.model else fleets.SMALL_SAMPLING))
         self._engine_ready.unlink(missing_ok=True)
         arguments = ["--model", str(path), "--alias", alias, "--port", str(port), "--ready-file", str(self._engine_ready)]
         child = self._child("engine", ["capibara_flow.engines.xllamacpp", *arguments])
@@ -156,7 +171,6 @@ class Run:
 
     def _fleet_file(self) -> Path:
         if self.wish.fleet:
-            self.served += fleets.listed(self.wish.fleet)
             return self.wish.fleet
         for index, url in enumerate(self.wish.engines, 1):
             with self.step("engine") as say:
@@ -164,10 +178,6 @@ class Run:
                 found = fleets.models_at(url, index, ask=fleets.ask_json, pause=self.supervisor.pause)
                 say(f"{url}: {', '.join(each.model or 'lists no models: is it up?' for each in found)}")
             self.served += found
-        if not self.served:
-            raise CannotStart(
-                "nobody to answer: name a server with --engine URL, a fleet with --fleet FILE, or a model with --model FILE.gguf"
-            )
         self.served = fleets.uniquely_named(self.served)
         path = self.wish.state / "fleet.toml"
         fleets.write_private(path, fleets.fleet_toml(self.served))
@@ -176,9 +186,11 @@ class Run:
     # --- turns ------------------------------------------------------------------------------------------------
 
     def _start_turns(self) -> None:
-        # Their own patience at the end must be shorter than ours, or they would be killed at it.
-        patience = os.environ.get("CAPIBARA_WORKER__GRACEFUL_SECONDS", str(GRACE_SECONDS - 2))
-        workers = self._child("workers", ["workers", "all"], {"CAPIBARA_WORKER__GRACEFUL_SECONDS": patience})
+        # Who presses Ctrl-C in the middle of an answer does not want to see its end.
+        patience = os.environ.get("CAPIBARA_WORKER__GRACEFUL_SECONDS", str(WORKERS_GRACE_SECONDS))
+        self.metrics_port = int(os.environ.get("CAPIBARA_WORKER__METRICS_PORT", "0")) or free_port("127.0.0.1")
+        own = {"CAPIBARA_WORKER__GRACEFUL_SECONDS": patience, "CAPIBARA_WORKER__METRICS_PORT": str(self.metrics_port)}
+        workers = self._child("workers", ["workers", "all"], own)
         edge = self._child(
             "edge", ["capibara_flow", "edge"], {"CAPIBARA_EDGE__HOST": self.wish.host, "CAPIBARA_EDGE__PORT": str(self.port)}
         )
@@ -211,6 +223,7 @@ class Run:
             "broker": broker.url if broker else None,
             "pids": pids,
             "models": [each.name for each in self.served],
+            "metrics": [f"{self.address}/metrics", f"http://127.0.0.1:{self.metrics_port}/metrics"],
         }
 
     def remember(self) -> None:
@@ -236,6 +249,7 @@ class Run:
             f"  chat    capibara chat --url {self.address}",
             f"  curl    curl -N {self.address}/api/chat -H 'Content-Type: application/json' -d '{question}'",
             f"  models  {', '.join(facts['models'])}",
+            f"  metrics {', '.join(facts['metrics'])}",
             f"  pids    {running}; logs in {self.wish.state / 'logs'}",
         ]
         if any(each.name == weights.ALIAS for each in self.served):
@@ -285,6 +299,7 @@ def up(wish: Wish, console: Console) -> None:
             run.start()
             try:
                 run.remember()
+                supervisor.on_restart = run.remember
                 run.tell()
                 supervisor.watch()
             finally:

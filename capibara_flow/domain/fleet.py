@@ -45,6 +45,9 @@ class Expert(Part):
     @classmethod
     def _are_http(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
+            # Not repeated in the message: it would put the password into the log.
+            if "@" in re.split(r"[/?#]", url.partition("//")[2] or url, maxsplit=1)[0]:
+                raise ValueError("an address with a user or password in it: give the secret as api_key instead")
             if not re.match(r"https?://[^/\s]+", url):
                 raise ValueError(f"{url!r} is not an http:// or https:// address")
         return tuple(url.rstrip("/") for url in urls)

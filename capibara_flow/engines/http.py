@@ -12,8 +12,9 @@ import orjson
 from capibara_flow.domain.fleet import Expert
 from capibara_flow.engines.reading import Reading
 from capibara_flow.engines.requests import refuse_beyond
-from capibara_flow.errors import BadRequest, CapibaraError, EngineBroke, EngineBusy, EngineUnreachable
+from capibara_flow.errors import BadRequest, CapibaraError, EngineBroke, EngineBusy, EngineRefusesUs, EngineUnreachable
 from capibara_flow.ports import Abilities, Piece
+from capibara_flow.telemetry import log
 from topics.chat import ChatRequest
 
 #: llama-server and uvicorn close idle connections after 5 s: ours must be given up before.
@@ -81,9 +82,13 @@ class Reply:
 
 
 class Client:
-    """HTTP to one engine; its session is made on first use, kept alive, and closed with ``aclose`` unless it was given."""
+    """HTTP to one engine; its session is made on first use, kept alive, and closed with ``aclose`` unless it was given.
+
+    Errors reach clients, so they name the expert; where it is served, and what went wrong there, stands in the log.
+    """
 
     def __init__(self, expert: Expert, session: aiohttp.ClientSession | None = None) -> None:
+        self._expert = expert.name
         self._timeouts = expert.timeouts
         self._limit = expert.concurrency + 8
         # An engine's proxy that compresses would hold tokens back until its block is full.
@@ -117,7 +122,7 @@ class Client:
             async with asyncio.timeout(2 * limit):
                 response = await self._ask("GET", url, None)
         except TimeoutError as error:
-            raise EngineUnreachable(f"no health within {2 * limit:g} s from {url}") from error
+            raise self._unreachable(url, f"did not tell its health within {2 * limit:g} s", error) from error
         if response.status == 200:
             response.close()
             return
@@ -142,11 +147,15 @@ class Client:
         try:
             return await session.request(method, url, data=body, headers=self._headers, timeout=timeout, allow_redirects=False)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise EngineUnreachable(f"no connection to {url}: {error}") from error
+            raise self._unreachable(url, "cannot be connected to", error) from error
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            raise _StaleConnection(f"{url} closed the connection before it answered: {error}") from error
+            raise self._unreachable(url, "closed the connection before it answered", error, _StaleConnection) from error
         except aiohttp.ClientError as error:
-            raise EngineUnreachable(f"{url} does not speak HTTP as expected: {error}") from error
+            raise self._unreachable(url, "does not speak HTTP as expected", error) from error
+
+    def _unreachable(self, url: str, what: str, error: Exception, kind: type[EngineUnreachable] = EngineUnreachable) -> EngineUnreachable:
+        log.warning("engine_unreachable", expert=self._expert, url=url, error=str(error) or type(error).__name__)
+        return kind(f"the server of {self._expert} {what}")
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -162,25 +171,27 @@ class Client:
             body = b""
         finally:
             response.close()
-        return refusal(response.status, body)
+        log.warning("engine_refused", expert=self._expert, url=str(response.url), status=response.status, said=error_text(body))
+        return refusal(response.status, body, self._expert)
 
 
 class _StaleConnection(EngineUnreachable):
     """The connection ended before an answer began: perhaps it was an idle one that the engine had just given up."""
 
 
-def refusal(status: int, body: bytes) -> CapibaraError:
-    """Our error for an HTTP *status* other than 200, with the engine's own words."""
+def refusal(status: int, body: bytes, expert: str) -> CapibaraError:
+    """Our error for an HTTP *status* other than 200, with the engine's own words where they concern the client."""
     said = error_text(body)
     if status in _BUSY:
-        return EngineBusy(f"the engine is busy ({status}): {said}")
+        return EngineBusy(f"the server of {expert} is busy ({status}): {said}")
     if status in _GONE or status < 400:
-        return EngineUnreachable(f"the engine cannot be reached behind its address ({status}): {said}")
+        # A proxy's words: they tell of addresses behind it.
+        return EngineUnreachable(f"the server of {expert} cannot be reached behind its proxy ({status})")
     if status in _REFUSED_KEY:
-        return BadRequest(f"the engine refused our key ({status}): {said}")
+        return EngineRefusesUs(f"the server of {expert} refuses our key ({status})")
     if status < 500 or status == 501 or "not supported" in said:
-        return BadRequest(f"the engine refused the request ({status}): {said}")
-    return EngineBroke(f"the engine failed ({status}): {said}")
+        return BadRequest(f"the server of {expert} refused the request ({status}): {said}")
+    return EngineBroke(f"the server of {expert} failed ({status}): {said}")
 
 
 def error_text(body: bytes) -> str:

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CONTEXT_TOKENS, SLOTS, CACHE_MIB = 8192, 4, 256
+# Slots share the context: with more of them a long answer would not fit into its part.
+CONTEXT_TOKENS, SLOTS, CACHE_MIB = 8192, 2, 256
 HEALTH_SECONDS = 600
 _PR_SET_PDEATHSIG = 1
 

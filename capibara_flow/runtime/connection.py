@@ -1,13 +1,17 @@
 """Connections to NATS: one role each, with its own inbox, that never give up reconnecting."""
 
+import asyncio
+import time
 from typing import Any
 from urllib.parse import quote
 
 from faststream.nats import NatsBroker
 
 from capibara_flow.runtime.client import TokenClient
-from capibara_flow.settings import Settings
+from capibara_flow.settings import Settings, SettingsError
 from capibara_flow.telemetry import log
+
+_SAY_AGAIN = 30.0  # seconds between two log lines of the same words
 
 
 def inbox_prefix(role: str) -> str:
@@ -18,8 +22,13 @@ def inbox_prefix(role: str) -> str:
 def options(settings: Settings, role: str) -> dict[str, Any]:
     """Connection options of *role*, as nats-py and FastStream both take them."""
 
+    said: dict[str, float] = {}
+
     async def failed(error: Exception) -> None:
-        log.warning("nats_error", role=role, error=repr(error))
+        words, now = repr(error), time.monotonic()
+        if now - said.get(words, -_SAY_AGAIN) >= _SAY_AGAIN:
+            said[words] = now
+            log.warning("nats_error", role=role, error=words)
 
     return {
         "name": f"capibara-{role}",
@@ -41,9 +50,29 @@ def addresses(settings: Settings, role: str) -> list[str]:
 
 
 async def connect(settings: Settings, role: str) -> TokenClient:
-    """A raw connection: for tokens, the door and tools."""
+    """A raw connection, for tokens, the door and tools: waits for a broker, but raises ``SettingsError`` when one refuses the password."""
     client = TokenClient()
-    await client.connect(addresses(settings, role), **options(settings, role))
+    refused = asyncio.Event()
+    wanted = options(settings, role)
+    told = wanted["error_cb"]
+
+    async def failed(error: Exception) -> None:
+        await told(error)
+        if "authorization violation" in str(error).lower():
+            refused.set()
+
+    connecting = asyncio.create_task(client.connect(addresses(settings, role), **(wanted | {"error_cb": failed})))
+    refusal = asyncio.create_task(refused.wait())
+    try:
+        await asyncio.wait({connecting, refusal}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        refusal.cancel()
+        if not connecting.done():
+            connecting.cancel()
+            await asyncio.wait({connecting})
+    if refused.is_set():
+        raise SettingsError(f"the broker refuses the password of {role}: set CAPIBARA_NATS__PASSWORDS__{role.upper()}")
+    await connecting
     return client
 
 

@@ -150,6 +150,12 @@ class Stage:
         headers = {"Nats-Msg-Id": f"{dead.dedupe}:{dead.stage}", "content-type": "application/json", **carried()}
         await self._store(dead.subject, line, headers)
 
+    async def restore(self) -> None:
+        """Create the streams that every turn needs, should they have disappeared."""
+        jetstream = self._broker.config.connection_state.stream
+        for name in ("CF_OUT", "CF_CTL"):
+            await ensure_stream(jetstream, self._layout.named(name))
+
     def consumer_of(self, message: Msg) -> Consumer:
         """The consumer that *message* came by."""
         durable = message.metadata.consumer
@@ -248,10 +254,13 @@ class Settle(BaseMiddleware[Any, Any]):
             await self.msg.nak()  # we are being stopped: somebody else may start at once
             return "handed_over"
         final = _as_final(error, last=attempt() >= self._stage.consumer_of(self.msg).max_deliver)
-        log.warning("work_failed", stage=self._stage.hop.worker, subject=self.msg.subject, error=repr(error), final=final is not None)
+        facts = {"stage": self._stage.hop.worker, "subject": self.msg.subject, "error": repr(error), "final": final is not None}
+        log.warning("work_failed", **facts, exc_info=None if isinstance(error, CapibaraError) else error)
         if isinstance(error, LeaseLost):
             # Somebody else has this very message at work: if he falls silent it comes again by itself, but not for our asking.
             return "overtaken"
+        if isinstance(error, BrokerUnavailable):
+            await self._stage.restore()
         if final is None:
             await self.msg.nak(delay=self._stage.retry_seconds)
             return "again"

@@ -17,6 +17,7 @@ from capibara_flow.runtime.client import TokenClient, description, header, statu
 OUT = "CF_OUT"
 _BATCH = 256
 _TIMEOUT = 5.0
+_NOTHING = {10037, 10059}  # no message found, no stream found
 _HEADERS = 4096  # bytes, more than ours are
 
 
@@ -34,7 +35,7 @@ class Stored:
 
 
 async def last_message(client: Client, subject: str, stream: str = OUT) -> Stored | None:
-    """The last message of *subject*, asked of the stream's leader; raises ``BrokerUnavailable``."""
+    """The last message of *subject*, asked of the stream's leader; none also when there is no such stream. Raises ``BrokerUnavailable``."""
     body = json.dumps({"last_by_subj": subject}).encode()
     try:
         reply = await client.request(f"$JS.API.STREAM.MSG.GET.{stream}", body, timeout=_TIMEOUT)
@@ -43,7 +44,7 @@ async def last_message(client: Client, subject: str, stream: str = OUT) -> Store
     answer: dict[str, Any] = json.loads(reply.data)
     if message := answer.get("message"):
         return Stored(message["seq"], base64.b64decode(message.get("data", "")))
-    if answer["error"].get("err_code") == 10037:  # no message found
+    if answer["error"].get("err_code") in _NOTHING:
         return None
     raise BrokerUnavailable(f"{stream}: {answer['error']['description']}")
 

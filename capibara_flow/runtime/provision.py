@@ -12,15 +12,15 @@ from nats.js.api import (
     StorageType,
     StreamConfig,
 )
-from nats.js.errors import BadRequestError, NotFoundError
+from nats.js.errors import BadRequestError, NotFoundError, ServerError
 
 from topics.streams import Consumer, Layout, Stream
 
-#: JetStream's code for "stream name already in use with a different configuration".
-_EXISTS_DIFFERENTLY = 10058
+#: JetStream's codes for "stream name already in use with a different configuration" and "insufficient storage resources".
+_EXISTS_DIFFERENTLY, _NO_ROOM = 10058, 10047
 
 
-def stream_config(stream: Stream, replicas: int) -> StreamConfig:
+def stream_config(stream: Stream) -> StreamConfig:
     """*stream* in the words of JetStream."""
     work = stream.keeps == "work"
     return StreamConfig(
@@ -29,9 +29,10 @@ def stream_config(stream: Stream, replicas: int) -> StreamConfig:
         retention=RetentionPolicy.WORK_QUEUE if work else RetentionPolicy.LIMITS,
         discard=DiscardPolicy.NEW if work else DiscardPolicy.OLD,
         storage=StorageType.FILE,
-        num_replicas=replicas,
+        num_replicas=stream.replicas,
         max_age=stream.max_age,
         max_msgs=stream.max_messages,
+        max_bytes=stream.max_bytes,
         max_msgs_per_subject=stream.max_per_subject,
         duplicate_window=min(stream.dedupe_window, stream.max_age),
         allow_direct=stream.direct,
@@ -52,12 +53,13 @@ def consumer_config(consumer: Consumer) -> ConsumerConfig:
     )
 
 
-async def ensure_stream(jetstream: JetStreamContext, stream: Stream, replicas: int = 1) -> None:
+async def ensure_stream(jetstream: JetStreamContext, stream: Stream) -> None:
     """Create *stream* if it is missing; an existing one is left as it is."""
     try:
-        await jetstream.add_stream(stream_config(stream, replicas))
-    except BadRequestError as error:
-        if error.err_code != _EXISTS_DIFFERENTLY:
+        await jetstream.add_stream(stream_config(stream))
+    except (BadRequestError, ServerError) as error:
+        # A broker looks for room before it looks whether the stream is there.
+        if error.err_code not in {_EXISTS_DIFFERENTLY, _NO_ROOM}:
             raise
 
 
@@ -66,11 +68,11 @@ async def ensure_consumer(jetstream: JetStreamContext, consumer: Consumer) -> No
     await jetstream.add_consumer(consumer.stream, consumer_config(consumer))
 
 
-async def apply(jetstream: JetStreamContext, layout: Layout, consumers: tuple[Consumer, ...], replicas: int = 1) -> list[str]:
+async def apply(jetstream: JetStreamContext, layout: Layout, consumers: tuple[Consumer, ...]) -> list[str]:
     """Make the broker agree with *layout*; idempotent. Returns a line for everything done."""
     done = []
     for stream in layout.streams:
-        config = stream_config(stream, replicas)
+        config = stream_config(stream)
         try:
             before = (await jetstream.stream_info(stream.name)).config
         except NotFoundError:

@@ -12,15 +12,15 @@ from capibara_flow.domain.reading import Cursor, Verdict
 from capibara_flow.errors import BrokerUnavailable, QueueFull, TooLarge
 from capibara_flow.ports import Batch, Feed, Identity, Take
 from capibara_flow.runtime.client import TokenClient, header
-from capibara_flow.runtime.output import fits, last_message, stored
+from capibara_flow.runtime.output import OUT, fits, last_message, stored
 from capibara_flow.telemetry import log
 from topics.chat import CancelTurn, RouteTurn
 from topics.message import DEADLINE, PRINCIPAL, TENANT, Message
 from topics.output import FINALS, event_of
 from topics.streams import Consumer
 
-#: JetStream's codes for "maximum messages exceeded" and "maximum bytes exceeded".
-_FULL = {10077, 10076, 10054}
+#: JetStream's codes for a stream that is full (of messages or bytes), and for a disk that is.
+_FULL = {10077, 10047}
 _MOST_PENDING = 2000
 _IDLE_FIRST, _IDLE_MOST = 1.0, 5.0  # seconds between polls of a silent turn: the tail of a feed can be lost unseen
 
@@ -263,8 +263,19 @@ class NatsTurns:
     async def ready(self) -> dict[str, str]:
         if not self._client.is_connected:
             return {"broker": "not connected"}
-        checks = await asyncio.gather(*(self._waiting(each) for each in self._consumers))
-        return {consumer.durable: missing for consumer, missing in zip(self._consumers, checks, strict=True) if missing}
+        output, *checks = await asyncio.gather(self._output(), *(self._waiting(each) for each in self._consumers))
+        found = {consumer.durable: missing for consumer, missing in zip(self._consumers, checks, strict=True)} | {OUT: output}
+        return {name: missing for name, missing in found.items() if missing}
+
+    async def _output(self) -> str | None:
+        """Why no output can be stored, or none when it can."""
+        try:
+            await self._jetstream.stream_info(OUT)
+        except NotFoundError:
+            return "has not been provisioned"
+        except (NatsError, TimeoutError) as error:
+            return f"broker: {error!r}"
+        return None
 
     async def _waiting(self, consumer: Consumer) -> str | None:
         """Why nobody takes work of *consumer*, or none when somebody does."""

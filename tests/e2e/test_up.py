@@ -122,6 +122,9 @@ def test_starts_answers_and_ends_in_order(tmp_path, engine):
         assert facts["pids"].keys() == {"broker", "workers", "edge"}
         assert up.ask(facts["url"]).strip() == "".join(WORDS)
         command = next(line for line in up.said().splitlines() if "curl -N" in line)
+        for address in facts["metrics"]:
+            with urllib.request.urlopen(address, timeout=60) as response:
+                assert b"capibara_" in response.read()
         url, body = re.search(r"curl -N (\S+) .*-d '(.*)'", command).groups()
         request = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -156,8 +159,12 @@ def test_whatever_is_killed_comes_back(tmp_path, engine):
         facts = up.facts()
         for name in ("workers", "edge", "broker"):
             os.kill(facts["pids"][name], signal.SIGKILL)
-            sign = "the broker died" if name == "broker" else f"{name} runs again"
-            until(lambda sign=sign: sign in up.said())
+            until(lambda name=name: f"{name} runs again" in up.said())
+            told = [up.facts(), json.loads((up.state / "running.json").read_text(encoding="utf-8"))]
+            for pids in (each["pids"] for each in told):
+                assert pids.keys() == facts["pids"].keys()
+                assert pids[name] != facts["pids"][name]
+                assert all(psutil.pid_exists(pid) for pid in pids.values())
             up.look()
             until(lambda: up.run("chat", "hi", "--url", facts["url"]).stdout.strip() == "".join(WORDS))
         up.look()
@@ -182,6 +189,9 @@ def test_the_local_model_answers_and_nothing_outlives_a_killed_supervisor(tmp_pa
         facts = up.facts()
         assert facts["models"] == ["smollm2-135m"]
         assert up.ask(facts["url"], "Say hello.").strip()
+        asked = up.run("chat", "What is the capital of France?", "--url", facts["url"])
+        assert (asked.returncode, asked.stdout.strip() != "") == (0, True), asked.stderr
+        assert "ended by" not in asked.stderr
         assert "not answer quality" in up.said()
         up.look()
         up.process.kill()

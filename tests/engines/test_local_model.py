@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tomllib
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from capibara_flow.cli import fleets
 from capibara_flow.domain.fleet import Expert
 from capibara_flow.engines import weights as packaged_weights
 from capibara_flow.engines import xllamacpp
@@ -113,6 +115,19 @@ async def test_closing_the_iterator_frees_the_slot(local: str, dialect: str) -> 
     await stream.aclose()
     await until(lambda: idle(local))
     await engine.aclose()
+
+
+@pytest.mark.model
+@pytest.mark.slow
+async def test_plain_questions_are_answered_in_a_few_sentences(local: str) -> None:
+    served = fleets.local("smollm2", int(local.rpartition(":")[2]), fleets.SMALL_SAMPLING)
+    [expert] = [Expert.model_validate(each) for each in tomllib.loads(fleets.fleet_toml([served]))["experts"]]
+    engine = build_engine(expert, local)
+    answers = [await heard(engine, asking(("user", "What is the capital of France?"), seed=seed)) for seed in range(6)]
+    await engine.aclose()
+    assert sum(answer[-1] == Finish("stop") for answer in answers) >= 5
+    assert sum("Paris" in text_in(answer) for answer in answers) >= 3
+    assert max(piece.completion_tokens for answer in answers for piece in answer if isinstance(piece, Tally)) <= 400
 
 
 @pytest.mark.model

@@ -7,9 +7,10 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from capibara_flow.engines.build import build_engine
-from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineUnreachable
+from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineRefusesUs, EngineUnreachable
 from capibara_flow.ports import ChatEngine, Finish, Piece, Tally, Text, ToolFragment
 from tests.engines.dialects import CALL, DIALECTS, TEXT, FakeEngine, LlamaCompletion, LlamaServer, Ollama, Vllm
 from tests.engines.listening import heard, text_in
@@ -99,11 +100,13 @@ async def test_a_refused_request_is_a_bad_request_in_the_engines_words(fake: Fak
 
 
 @pytest.mark.parametrize("status", [401, 403])
-async def test_a_refused_key_says_so(fake: FakeEngine, status: int) -> None:
+async def test_a_refused_key_is_not_the_clients_fault_and_the_engines_words_stay_with_us(fake: FakeEngine, status: int) -> None:
     fake.refuses = (status, {"error": {"message": "Invalid API Key", "type": "authentication_error"}})
     async with engine_for(fake) as engine:
-        with pytest.raises(BadRequest, match="refused our key"):
+        with capture_logs() as logged, pytest.raises(EngineRefusesUs, match="refuses our key") as caught:
             await heard(engine, asking())
+    assert "Invalid API Key" not in str(caught.value)
+    assert [(each["event"], each["said"]) for each in logged] == [("engine_refused", "Invalid API Key")]
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -124,9 +127,13 @@ async def test_an_engine_that_fails_inside_is_broken(fake: FakeEngine) -> None:
 async def test_a_refused_connection_is_unreachable(fake: FakeEngine) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        engine = build_engine(fake.expert(), f"http://127.0.0.1:{nobody.getsockname()[1]}")
-        with pytest.raises(EngineUnreachable):
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        expert = fake.expert()
+        engine = build_engine(expert, f"http://{address}")
+        with capture_logs() as logged, pytest.raises(EngineUnreachable, match=f"the server of {expert.name} ") as caught:
             await heard(engine, asking())
+        assert "127.0.0.1" not in str(caught.value)
+        assert address in logged[0]["url"]
         with pytest.raises(EngineUnreachable):
             await engine.health()
         await engine.aclose()
@@ -240,7 +247,7 @@ async def test_an_engine_that_always_hangs_up_is_unreachable(fake: FakeEngine) -
 async def test_a_number_that_json_cannot_hold_is_a_bad_request(fake: FakeEngine) -> None:
     async with engine_for(fake) as engine:
         with pytest.raises(BadRequest, match="JSON"):
-            await heard(engine, asking(sampling={"seed": 2**70}))
+            await heard(engine, asking(response_format={"type": "json_object", "schema": {"type": "integer", "maximum": 2**70}}))
 
 
 async def test_answers_do_not_mix(fake: FakeEngine) -> None:

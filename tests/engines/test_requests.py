@@ -4,6 +4,7 @@ from typing import Any
 
 import orjson
 import pytest
+from pydantic import ValidationError
 
 from capibara_flow.domain.fleet import Expert
 from capibara_flow.engines.build import build_engine, build_expert
@@ -13,7 +14,7 @@ from capibara_flow.engines.ollama import OllamaChat
 from capibara_flow.engines.openai_chat import OpenAIChat, OpenAIReading
 from capibara_flow.engines.replicas import Replicas
 from capibara_flow.engines.requests import chosen
-from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineUnreachable
+from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineRefusesUs, EngineUnreachable
 from capibara_flow.ports import Finish, Piece, Tally, Text
 from topics.chat import ChatRequest, Sampling
 
@@ -134,16 +135,31 @@ def test_errors_are_read_in_every_form() -> None:
         (502, EngineUnreachable),
         (504, EngineUnreachable),
         (529, EngineBusy),
+        (401, EngineRefusesUs),
+        (403, EngineRefusesUs),
         (500, EngineBroke),
         (418, BadRequest),
     ],
 )
 def test_other_statuses(status: int, error: type[Exception]) -> None:
-    assert type(refusal(status, b"x")) is error
+    refused = refusal(status, b"x", "small")
+    assert (type(refused), "small" in str(refused)) == (error, True)
 
 
 def test_what_an_engine_does_not_support_is_a_bad_request_even_as_500() -> None:
-    assert type(refusal(500, b'{"error":{"code":500,"message":"image input is not supported"}}')) is BadRequest
+    assert type(refusal(500, b'{"error":{"code":500,"message":"image input is not supported"}}', "e")) is BadRequest
+    assert EngineRefusesUs.status == 502
+
+
+@pytest.mark.parametrize("url", ["http://user:hunter2@h:1/v1", "https://hunter2@h", "http://h:1@hunter2", "user:hunter2@h"])
+def test_a_secret_in_an_address_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ValidationError, match="api_key") as caught:
+        expert("openai", urls=(url,))
+    assert "hunter2" not in caught.value.errors()[0]["msg"]
+
+
+def test_an_at_sign_behind_the_host_is_no_secret() -> None:
+    assert expert("openai", urls=("http://h:1/models/@cf/small",)).urls == ("http://h:1/models/@cf/small",)
 
 
 def read(reading: OpenAIReading | CompletionReading, *frames: dict[str, Any] | bytes) -> list[Piece]:

@@ -105,12 +105,19 @@ class Rig:
 
     @asynccontextmanager
     async def routing(
-        self, build: Callable[[Stage], Handler], *, permits: int = 4, ack_wait: float = 30, max_deliver: int = 4, retry_seconds: float = 0.1
+        self,
+        build: Callable[[Stage], Handler],
+        *,
+        permits: int = 4,
+        ack_wait: float = 30,
+        max_deliver: int = 4,
+        retry_seconds: float = 0.1,
+        layout: Layout | None = None,
     ) -> AsyncIterator[Stage]:
         """A router whose handler *build* makes, for the length of a block; leaving it stops it in order."""
         broker = connection.broker(self.settings, "router")
         hub = await self.answers(await self.client("router"))
-        stage = Stage(broker, hop("router"), hub, retry_seconds=retry_seconds)
+        stage = Stage(broker, hop("router"), hub, layout=layout, retry_seconds=retry_seconds)
         consumer = replace(router_consumer(), ack_wait=ack_wait, max_deliver=max_deliver)
         stage.takes(consumer, permits=permits)(build(stage))
         await broker.start()

@@ -304,6 +304,7 @@ async def test_what_is_sent_while_the_broker_is_away_arrives_afterwards(rig: Rig
     client, ear = await rig.client("caller"), Ear()
     reply = client.new_inbox()
     await client.listen(reply, ear)
+    await flushed(client)  # nothing is left to be written to the connection that ends now
     await client.force_reconnect()
     assert not client.is_connected
     client.send(OUT, b"a", reply=reply, headers=encoded({"Some": "header"}))

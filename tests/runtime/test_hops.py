@@ -4,10 +4,13 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
 from faststream.nats.subscriber.usecases import PullStreamSubscriber
+from nats.js.api import StreamConfig
+from nats.js.errors import NotFoundError
 
 from capibara_flow.errors import BadRequest, EngineBusy, LeaseLost
 from capibara_flow.runtime import connection
@@ -18,8 +21,8 @@ from tests.waiting import until
 from topics.chat import CallExpert, ChatRequest, RouteTurn, TurnFailed
 from topics.flow import hop
 from topics.message import DEADLINE, PRINCIPAL, TENANT, TRACE
-from topics.output import Failed, Output, Reset, Token
-from topics.streams import router_consumer
+from topics.output import Done, Failed, Output, Reset, Token
+from topics.streams import Layout, router_consumer
 
 Deed = Callable[[Stage, RouteTurn], Awaitable[None]]
 
@@ -365,3 +368,33 @@ async def test_the_private_hooks_of_faststream_are_still_there(rig: Rig):
     finally:
         await broker.stop()
     assert subscriber.subscription is None
+
+
+@pytest.mark.parametrize("logged", [True, False])
+async def test_a_queue_that_disappears_comes_back_as_this_installation_wants_it(rig: Rig, logged: bool):
+    work = Work(nothing)
+    async with rig.routing(work.build, layout=Layout(log=logged)):
+        await rig.admin.delete_stream("CF_WORK_ROUTER")
+
+        async def back() -> StreamConfig | None:
+            with suppress(NotFoundError):
+                return (await rig.admin.stream_info("CF_WORK_ROUTER")).config
+            return None
+
+        config = await until(back)
+    assert (config.republish is not None) == logged
+
+
+@pytest.mark.parametrize("lost", ["CF_OUT", "CF_CTL"])
+async def test_a_turn_whose_output_has_no_stream_waits_until_there_is_one(rig: Rig, lost: str):
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        async with (await rig.answers()).open(command.turn, "main") as answer:
+            await answer.finish(Done(turn=command.turn, finish_reason="stop", model_id="phi"))
+
+    work = Work(deed)
+    await rig.admin.delete_stream(lost)
+    async with rig.routing(work.build, retry_seconds=0.05):
+        await rig.ask("T1")
+        await settled(rig)
+        assert [type(each) for each in await outputs(rig, "T1")] == [Done]
+    assert work.attempts == ([1, 2] if lost == "CF_OUT" else [1])

@@ -67,14 +67,14 @@ async def test_ensure_creates_what_is_missing_and_leaves_what_differs(jetstream)
     with pytest.raises(NotFoundError):
         await jetstream.stream_info(stream.name)
     await provision.ensure_stream(jetstream, stream)
-    await jetstream.update_stream(provision.stream_config(replace(stream, max_messages=5), 1))
+    await jetstream.update_stream(provision.stream_config(replace(stream, max_messages=5)))
     await provision.ensure_stream(jetstream, stream)
     assert (await jetstream.stream_info(stream.name)).config.max_msgs == 5
 
 
 async def test_a_work_stream_refuses_what_is_too_much(jetstream, broker):
     stream = replace(Layout().named("CF_WORK_ROUTER"), max_messages=1)
-    await jetstream.add_stream(provision.stream_config(stream, 1))
+    await jetstream.add_stream(provision.stream_config(stream))
     edge = await connect(broker, "edge")
     await edge.jetstream().publish("cf.work.A.router", b"")
     with pytest.raises(APIError, match="maximum messages exceeded"):

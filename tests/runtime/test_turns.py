@@ -546,8 +546,7 @@ async def test_an_empty_message_is_a_message(rig: Rig, client: Line):
 
 async def test_a_stream_that_is_missing_is_told(rig: Rig):
     observer = await rig.client("observer")
-    with pytest.raises(BrokerUnavailable, match="CF_NONE"):
-        await last_message(observer, DATA, "CF_NONE")
+    assert await last_message(observer, DATA, "CF_NONE") is None  # it has nothing, whatever it is
     with pytest.raises(BrokerUnavailable, match="CF_NONE"):
         await stored(observer, DATA, 0, "CF_NONE")
     assert not observer._ears

@@ -61,7 +61,7 @@ class ChatEngine(Protocol):
     """One served expert.
 
     ``stream`` yields pieces; a stream that ends without ``Finish`` is an error that the engine itself raises
-    (``EngineBroke``). Other errors: ``EngineUnreachable``, ``EngineBusy``, ``BadRequest``. Closing the iterator
+    (``EngineBroke``). Other errors: ``EngineUnreachable``, ``EngineBusy``, ``EngineRefusesUs``, ``BadRequest``. Closing the iterator
     stops the engine's work at once.
     """
 
@@ -166,7 +166,7 @@ class Turns(Protocol):
         ...
 
     async def follow(self, turn: str, after: int = 0) -> Feed:
-        """The output after sequence *after*."""
+        """The output after sequence *after*; who has all there is gets the last of it again, and so learns whether that was the end."""
         ...
 
     async def exists(self, turn: str) -> bool:

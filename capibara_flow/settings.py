@@ -4,7 +4,7 @@ import json
 import tomllib
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic_settings
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
@@ -38,8 +38,12 @@ def _listed(value: object) -> object:
     return [word.strip() for word in value.split(",") if word.strip()]
 
 
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
 class EdgeSettings(Group):
-    """The door."""
+    """The door; a client that has *max_buffer_bytes* of its answer still to take makes its writer wait."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=5001, ge=0, le=65535)
@@ -47,7 +51,7 @@ class EdgeSettings(Group):
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     max_messages: int = Field(default=1000, ge=1)
     heartbeat_seconds: float = 15
-    max_buffer_bytes: int = 1024 * 1024
+    max_buffer_bytes: int = Field(default=32 * 1024, ge=1024)
     turn_seconds: float = Field(default=600, gt=0)
 
 
@@ -72,8 +76,8 @@ class LogSettings(Group):
     enabled: bool = True
     turn_age_seconds: int = Field(default=3600, ge=10)
     dead_age_seconds: int = Field(default=24 * 3600, ge=10)
-    level: str = "info"
-    format: str = "json"
+    level: Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)] = "info"
+    format: Annotated[Literal["json", "console"], BeforeValidator(_lower)] = "json"
 
 
 class FleetSettings(Group):

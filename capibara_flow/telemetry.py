@@ -13,7 +13,11 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
-TURNS = Counter("capibara_turns", "Turns by how their stream ended at this door", ["outcome"])
+#: How a turn ends for whoever opened it. Whose answer breaks off (``broken``) or who leaves early may still come back for the rest.
+OUTCOMES = ("done", "failed", "cancelled", "left", "broken", "expired")
+
+TURNS = Counter("capibara_turns", "Turns opened at this door, by how they ended for who opened them", ["outcome"])
+RESUMES = Counter("capibara_resumes", "Readers that came back to a turn at this door")
 OPEN_STREAMS = Gauge("capibara_open_streams", "Clients that follow a turn now")
 TURN_SECONDS = Histogram("capibara_turn_duration_seconds", "From request to final event, at the door", buckets=_SECONDS)
 FIRST_TOKEN_SECONDS = Histogram("capibara_first_token_seconds", "From call to first token", ["expert"], buckets=_SECONDS)
@@ -22,8 +26,11 @@ STAGE_SECONDS = Histogram("capibara_stage_duration_seconds", "One message's work
 SETTLED = Counter("capibara_work_settled", "Work messages by how they were settled", ["stage", "how"])
 HTTP = Counter("capibara_http_responses", "Responses of the door", ["route", "status"])
 
+for _outcome in OUTCOMES:
+    TURNS.labels(_outcome)  # shown as 0 until it happens, so that rates have a beginning
+
 _SECRET_KEYS = re.compile(r"password|secret|token$|api_?key|authorization|cookie", re.IGNORECASE)
-_SECRET_VALUES = re.compile(r"(sk-[A-Za-z0-9_-]{6})[A-Za-z0-9_-]+|(://[^:/@\s]+:)[^@\s]+@|(Bearer )\S+")
+_SECRET_VALUES = re.compile(r"(sk-[A-Za-z0-9_-]{6})[A-Za-z0-9_-]+|(://[^:/@\s]+:)[^@\s]+@|((?i:bearer) )\S+")
 
 
 def redact(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
@@ -44,8 +51,30 @@ def _hidden(key: str, value: Any) -> Any:
     return value
 
 
+class _Bridge(logging.Handler):
+    """What libraries tell the standard library's log, told to ours: in the same form, with the same secrets hidden."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass *record* on."""
+        fault = {"exc_info": record.exc_info} if record.exc_info and record.exc_info[0] else {}
+        level = max(logging.WARNING, min(record.levelno // 10 * 10, logging.CRITICAL))
+        log.log(level, record.getMessage(), logger=record.name, **fault)
+
+
+def _bridge() -> None:
+    """Let libraries warn through us, and nowhere else."""
+    root = logging.getLogger()
+    for each in [each for each in root.handlers if isinstance(each, _Bridge)]:
+        root.removeHandler(each)
+    root.addHandler(_Bridge(logging.WARNING))
+    for name in ("aiohttp", "asyncio", "nats", "faststream"):
+        library = logging.getLogger(name)
+        library.handlers.clear()  # FastStream brings its own, and keeps them from us
+        library.propagate = True
+
+
 def configure(*, level: str, style: str) -> None:
-    """Log to standard error, as JSON lines or for people (``console``)."""
+    """Log to standard error, as JSON lines or for people (``console``); libraries' warnings and errors as well."""
     renderer: Any = structlog.processors.JSONRenderer() if style == "json" else structlog.dev.ConsoleRenderer()
     structlog.configure(
         processors=[
@@ -56,6 +85,7 @@ def configure(*, level: str, style: str) -> None:
             redact,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper(), logging.INFO)),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    _bridge()

@@ -161,7 +161,7 @@ class FakeTurns:
         return await self.follow(command.turn)
 
     async def follow(self, turn: str, after: int = 0) -> "FakeFeed":
-        return FakeFeed(self._batches(turn, after))
+        return FakeFeed(self._batches(turn, min(after, 9 + len(self.script))))
 
     async def _batches(self, turn: str, after: int) -> AsyncGenerator[Sequence[Batch], None]:
         try:

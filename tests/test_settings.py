@@ -43,6 +43,10 @@ def test_the_environment_sets_one_field_and_leaves_its_neighbours(monkeypatch: p
         ("CAPIBARA_WORKER__MAX_DELIVER", "0", "greater than or equal to 1"),
         ("CAPIBARA_EDGE__COLOUR", "red", "not permitted"),
         ("CAPIBARA_AUTH__ANONYMOUS", "perhaps", "boolean"),
+        ("CAPIBARA_EDGE__MAX_BUFFER_BYTES", "0", "greater than or equal to 1024"),
+        ("CAPIBARA_LOG__LEVEL", "nonsense", "'warning'"),
+        ("CAPIBARA_LOG__LEVEL", "10", "'debug'"),
+        ("CAPIBARA_LOG__FORMAT", "xml", "'json' or 'console'"),
     ],
 )
 def test_an_error_names_its_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str) -> None:
@@ -63,6 +67,12 @@ def test_a_table_that_is_not_json_names_its_variable_too(monkeypatch: pytest.Mon
 def test_a_list_may_be_written_with_commas_or_as_json(monkeypatch: pytest.MonkeyPatch, written: str) -> None:
     monkeypatch.setenv("CAPIBARA_EDGE__ORIGINS", written)
     assert load().edge.origins == ("https://a.example", "https://b.example")
+
+
+def test_a_level_and_a_format_may_be_written_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPIBARA_LOG__LEVEL", "WARNING")
+    monkeypatch.setenv("CAPIBARA_LOG__FORMAT", "Console")
+    assert (load().log.level, load().log.format) == ("warning", "console")
 
 
 def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:

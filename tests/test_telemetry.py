@@ -1,6 +1,7 @@
 """Logs hide secrets; metrics have closed label sets."""
 
 import json
+import logging
 from collections.abc import Iterator
 
 import prometheus_client
@@ -15,7 +16,11 @@ from capibara_flow.telemetry import redact
 
 @pytest.fixture
 def _configured() -> Iterator[None]:
+    root = logging.getLogger()
+    before = set(root.handlers)
     yield
+    for each in set(root.handlers) - before:
+        root.removeHandler(each)
     structlog.reset_defaults()
 
 
@@ -30,6 +35,7 @@ def test_secrets_are_known_by_the_name_of_their_key(key: str) -> None:
         ("the key sk-abcdefghijkl is wrong", "the key sk-abcdef*** is wrong"),
         ("nats://edge:hush@127.0.0.1:4222,nats://edge:hush@h", "nats://edge:***127.0.0.1:4222,nats://edge:***h"),
         ("Authorization: Bearer hush.hush", "Authorization: Bearer ***"),
+        ("authorization: bearer hush.hush", "authorization: bearer ***"),
         ("nothing to hide: 12 tokens", "nothing to hide: 12 tokens"),
     ],
 )
@@ -80,6 +86,12 @@ def test_a_line_for_people_hides_the_same(capsys: pytest.CaptureFixture[str]) ->
     written = capsys.readouterr().err
     assert "hush" not in written
     assert "started" in written
+
+
+def test_every_outcome_of_a_turn_shows_before_it_happened() -> None:
+    assert all(
+        prometheus_client.REGISTRY.get_sample_value("capibara_turns_total", {"outcome": each}) is not None for each in telemetry.OUTCOMES
+    )
 
 
 def test_metrics_are_ours_by_name_and_never_labelled_by_turn() -> None:

@@ -10,6 +10,10 @@ from topics.plan import Plan
 #: A stage, expert or branch as it stands in a subject: no dots, no wildcards, no blanks.
 Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
+#: What engines take for whole numbers: a count or a limit in 32 bits, a seed in 64, all with a sign.
+Count = Annotated[int, Field(le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
 
 class ImageUrl(Part):
     """An image by address or as a ``data:`` URL, in OpenAI's form."""
@@ -77,12 +81,12 @@ class Sampling(Part):
 
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    repeat_penalty: float | None = Field(default=None, gt=0)
+    top_k: Count | None = Field(default=None, ge=-1)
+    max_tokens: Count | None = Field(default=None, ge=1)
+    repeat_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    seed: int | None = None
+    seed: Seed | None = None
     stop: tuple[str, ...] = Field(default=(), max_length=16)
 
 

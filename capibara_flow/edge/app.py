@@ -1,12 +1,16 @@
 """The aiohttp application: routes, errors in the right dialect, CORS, and a graceful end."""
 
 import asyncio
+import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.log import server_logger
 from aiohttp.typedefs import Middleware
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -35,13 +39,15 @@ _PREFLIGHT = {
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _Sign = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
-__all__ = ["Door", "build", "serve"]
+__all__ = ["Door", "build", "runner_of", "serve"]
 
 
 def build(door: Door) -> web.Application:
     """The application around *door*."""
     preflight, sign = _cors(frozenset(door.edge.origins))
-    app = web.Application(middlewares=[_observed, preflight, _errors], client_max_size=door.edge.max_body_bytes)
+    app = web.Application(
+        middlewares=[_observed, preflight, _errors, _own_pages_only(frozenset(door.edge.origins))], client_max_size=door.edge.max_body_bytes
+    )
     app.on_response_prepare.append(sign)
     app.on_response_prepare.append(_guard_page)
     native, completions, house = NativeChat(door), Completions(door), _House(door)
@@ -150,10 +156,54 @@ def _cors(origins: frozenset[str]) -> tuple[Middleware, _Sign]:
     return preflight, sign
 
 
+def _own_pages_only(origins: frozenset[str]) -> Middleware:
+    """Refuse what a page of somebody else makes a browser do: CORS keeps the answer from such a page, but not the deed.
+
+    Whoever is no browser sends no ``Origin``. ``Sec-Fetch-Site``, which no page can forge (Fetch Metadata), speaks for our own page
+    behind a proxy that asks us under another name.
+    """
+
+    @web.middleware
+    async def guard(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        origin = request.headers.get("Origin")
+        if origin is None or request.method not in {"POST", "DELETE"} or origin in origins or _is_ours(request, origin):
+            return await handler(request)
+        return respond(request, 403, "forbidden", "pages of this origin may not ask here; CAPIBARA_EDGE__ORIGINS lists those that may")
+
+    return guard
+
+
+def _is_ours(request: web.Request, origin: str) -> bool:
+    if request.headers.get("Sec-Fetch-Site") == "same-origin":
+        return True
+    return origin.lower() in {f"{scheme}://{request.host.lower()}" for scheme in ("http", "https")}
+
+
+class _ServerLog(logging.LoggerAdapter[logging.Logger]):
+    """The HTTP server's own log. What cannot be read as a request is anybody's noise, and may hold secrets: a line without its words."""
+
+    def exception(self, msg: object, *args: object, exc_info: Any = True, **more: Any) -> None:
+        """Log a fault of the server's own."""
+        if isinstance(exc_info, HttpProcessingError):
+            log.debug("request_unreadable", reason=type(exc_info).__name__)
+        else:
+            super().exception(msg, *args, exc_info=exc_info, **more)
+
+
+def runner_of(door: Door, *, handler_cancellation: bool = True, shutdown_timeout: float = 0.5) -> web.AppRunner:
+    """The server around *door*, not yet listening."""
+    return web.AppRunner(
+        build(door),
+        handler_cancellation=handler_cancellation,
+        shutdown_timeout=shutdown_timeout,
+        access_log=None,
+        logger=_ServerLog(server_logger, {}),
+    )
+
+
 async def serve(door: Door) -> None:
     """Serve until SIGTERM or SIGINT; open streams are cut then, and resume elsewhere."""
-    app = build(door)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+    runner = runner_of(door)
     await runner.setup()
     await web.TCPSite(runner, door.edge.host, door.edge.port, reuse_address=True).start()
     stop = asyncio.Event()

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from topics.chat import ChatMessage, ChatRequest, FunctionCall, ImagePart, ImageUrl, Sampling, TextPart, ToolCall
+from topics.chat import ChatMessage, ChatRequest, Count, FunctionCall, ImagePart, ImageUrl, Sampling, Seed, TextPart, ToolCall
 
 
 class ChatBody(BaseModel):
@@ -116,14 +116,14 @@ class CompletionBody(_Tolerant):
     logprobs: Literal[False] | None = Field(default=None, description="Not offered yet: true is refused")
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    repetition_penalty: float | None = Field(default=None, gt=0)
-    repeat_penalty: float | None = Field(default=None, gt=0)
+    top_k: Count | None = Field(default=None, ge=-1)
+    max_tokens: Count | None = Field(default=None, ge=1)
+    max_completion_tokens: Count | None = Field(default=None, ge=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    repeat_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    seed: int | None = None
+    seed: Seed | None = None
     stop: str | Annotated[tuple[str, ...], Field(max_length=16)] | None = None
     tools: tuple[dict[str, Any], ...] | None = None
     tool_choice: str | dict[str, Any] | None = None

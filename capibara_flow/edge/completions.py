@@ -1,8 +1,10 @@
 """The OpenAI dialect: ``/v1/chat/completions`` and ``/v1/models``, as its official clients expect them."""
 
 import asyncio
+import time
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from aiohttp import web
@@ -11,11 +13,12 @@ from capibara_flow.domain.collecting import Collected
 from capibara_flow.domain.turns import created
 from capibara_flow.edge import sse
 from capibara_flow.edge.bodies import CompletionBody
-from capibara_flow.edge.door import Door, collect
+from capibara_flow.edge.door import Door
+from capibara_flow.edge.endings import Ending, counted, relay, whole
 from capibara_flow.edge.problems import openai_error
-from capibara_flow.errors import BrokerUnavailable, CapibaraError, TurnExpired
+from capibara_flow.errors import BrokerUnavailable, CapibaraError
 from capibara_flow.ports import Batch, Feed
-from capibara_flow.telemetry import TURNS
+from capibara_flow.telemetry import log
 from topics.output import Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage, parse
 
 PREFIX = "chatcmpl-"
@@ -27,17 +30,20 @@ class Completions:
 
     def __init__(self, door: Door) -> None:
         self._door = door
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def create(self, request: web.Request) -> web.StreamResponse:
         """``POST /v1/chat/completions``."""
+        since = time.monotonic()
         identity = self._door.identify(request)
         body = await self._door.read(request, CompletionBody)
         asked = body.request()
         self._door.check(asked)
-        turn, batches = await self._door.open(asked, identity)
-        if body.stream:
-            return await self._stream(request, turn, batches, Chunks(turn, body.model or "auto", usage=body.wants_usage))
-        return await self._whole(turn, batches)
+        turn, feed = await self._door.open(asked, identity)
+        with counted(since) as ending:
+            if body.stream:
+                return await self._stream(request, turn, feed, ending, body)
+            return await self._whole(turn, feed, ending)
 
     async def models(self, request: web.Request) -> web.Response:
         """``GET /v1/models``: the experts, and ``auto`` for whoever leaves the choice to us."""
@@ -48,47 +54,58 @@ class Completions:
             rows.append(row | ({"scripted": True} if expert.scripted else {}))
         return web.json_response({"object": "list", "data": rows})
 
-    async def _stream(self, request: web.Request, turn: str, batches: Feed, chunks: "Chunks") -> web.StreamResponse:
-        heartbeat = self._door.edge.heartbeat_seconds
-        async with aclosing(batches), sse.opened(request, {"X-Capibara-Turn": turn}, heartbeat) as stream:
-            outcome = "left"
-            try:
-                async with asyncio.timeout(self._door.seconds_left(turn)):
-                    outcome = "ended" if await stream.copy(batches, chunks.encode) else "broken"
-            except (TimeoutError, CapibaraError) as error:
-                problem = error if isinstance(error, CapibaraError) else TurnExpired("the turn did not end within its time")
-                outcome = "broken" if problem is error else "expired"
-                await stream.write(chunks.error(problem.status, problem.title, str(problem)))
-            finally:
-                TURNS.labels(outcome).inc()
+    async def _stream(self, request: web.Request, turn: str, feed: Feed, ending: Ending, body: CompletionBody) -> web.StreamResponse:
+        edge = self._door.edge
+        async with aclosing(feed), sse.opened(request, {"X-Capibara-Turn": turn}, edge.heartbeat_seconds, edge.max_buffer_bytes) as stream:
+
+            def give_up() -> None:
+                stream.stop()
+                self._behind(self._cancel(turn))  # the client will ask again: nobody needs the rest of this answer
+
+            chunks = Chunks(turn, body.model or "auto", usage=body.wants_usage, on_reset=give_up)
+
+            def tell(problem: CapibaraError) -> bytes:
+                return chunks.error(problem.status, problem.title, str(problem))
+
+            await relay(stream, feed, chunks.encode, ending, seconds=self._door.seconds_left(turn), tell=tell)
         return stream.response
 
-    async def _whole(self, turn: str, batches: Feed) -> web.Response:
+    async def _cancel(self, turn: str) -> None:
         try:
-            async with asyncio.timeout(self._door.seconds_left(turn)):
-                collected = await collect(batches)
-        except TimeoutError as error:
-            raise TurnExpired("the turn did not end within its time") from error
-        TURNS.labels("ended").inc()
+            await self._door.turns.cancel(turn, "reset")
+        except BrokerUnavailable as error:
+            log.warning("turn_not_cancelled", turn=turn, error=str(error))
+
+    def _behind(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do *work*, whether or not the client stays to see the end of its response."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # the loop alone would not keep it
+        task.add_done_callback(self._tasks.discard)
+
+    async def _whole(self, turn: str, feed: Feed, ending: Ending) -> web.Response:
+        collected = await whole(feed, ending, seconds=self._door.seconds_left(turn))
         headers = {"X-Capibara-Turn": turn}
         if collected.failed:
             failed = collected.failed
             return web.json_response(openai_error(failed.status, failed.title, failed.detail), status=failed.status, headers=headers)
-        if collected.done is None:
-            raise BrokerUnavailable("the output ended without its final event")
-        if collected.done.finish_reason == "cancelled":
+        done = cast(Done, collected.done)
+        if done.finish_reason == "cancelled":
             return web.json_response(openai_error(409, "cancelled", "the turn was cancelled"), status=409, headers=headers)
         if collected.routed:
             headers["X-Capibara-Route"] = collected.routed.route_name
-        return web.json_response(_completion(turn, collected, collected.done), headers=headers)
+        return web.json_response(_completion(turn, collected, done), headers=headers)
 
 
 class Chunks:
-    """Output events become completion chunks; what the dialect cannot say ends the stream with an error."""
+    """Output events become completion chunks; what the dialect cannot say ends the stream with an error.
 
-    def __init__(self, turn: str, model: str, *, usage: bool) -> None:
+    *on_reset* is called when words that were said are taken back: nothing is written behind that error.
+    """
+
+    def __init__(self, turn: str, model: str, *, usage: bool, on_reset: Callable[[], None] | None = None) -> None:
         self._head = {"id": PREFIX + turn, "object": "chat.completion.chunk", "created": int(created(turn)), "model": model}
         self._wants_usage = usage
+        self._on_reset = on_reset
         self._usage: Usage | None = None
         self._said = False
         self._over = False
@@ -124,6 +141,8 @@ class Chunks:
             case Usage():
                 self._usage = output
             case Reset() if self._said:
+                if self._on_reset:
+                    self._on_reset()
                 return self.error(502, "answer reset", "the answer had to start anew, which this dialect cannot express; ask again")
             case Failed(status=status, title=title, detail=detail):
                 return self.error(status, title, detail)

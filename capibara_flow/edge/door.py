@@ -47,7 +47,7 @@ class Door:
         try:
             return model.model_validate_json(raw, strict=True)
         except ValidationError as error:
-            raise explained(error) from error
+            raise explained(error, raw) from error
 
     def check(self, request: ChatRequest) -> None:
         """Refuse at once what cannot be served; raises ``BadRequest`` or ``UnknownExpert``."""

@@ -15,7 +15,7 @@ Encode = Callable[[Batch], bytes]
 
 HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _STALLED_SECONDS = 60.0
-_ROOM = 32 * 1024  # bytes in the client's buffer beyond which a writer waits
+_ROOM = 32 * 1024
 
 
 def native(batch: Batch) -> bytes:
@@ -26,11 +26,14 @@ def native(batch: Batch) -> bytes:
 
 
 @asynccontextmanager
-async def opened(request: web.Request, headers: dict[str, str], heartbeat: float) -> AsyncIterator["Stream"]:
-    """A prepared event stream with its heartbeat, for the length of a block, which a client that leaves ends in silence."""
+async def opened(request: web.Request, headers: dict[str, str], heartbeat: float, room: int = _ROOM) -> AsyncIterator["Stream"]:
+    """A prepared event stream with its heartbeat, for the length of a block, which a client that leaves ends in silence.
+
+    With *room* bytes waiting to be sent, whoever wants to write more waits too.
+    """
     response = web.StreamResponse(headers={**HEADERS, **headers})
     await response.prepare(request)
-    stream = Stream(request, response)
+    stream = Stream(request, response, room)
     beat = asyncio.create_task(stream.beat(heartbeat))
     with OPEN_STREAMS.track_inprogress():
         try:
@@ -54,9 +57,14 @@ def _noticed(drained: asyncio.Future[None]) -> None:
 class Stream:
     """One client's open event stream."""
 
-    def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
+    def __init__(self, request: web.Request, response: web.StreamResponse, room: int) -> None:
         self.response = response
         self._request = request
+        self._room = room
+        if request.transport:
+            request.transport.set_write_buffer_limits(high=room)
+        self._copying = asyncio.timeout(None)
+        self._stopped = False
         self._writing_since: float | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -66,28 +74,42 @@ class Stream:
         await self.response.write(data)
         self._writing_since = None
 
-    async def copy(self, feed: Feed, encode: Encode, after: int = 0) -> bool:
-        """Write everything behind sequence *after* to the final batch; whether it came."""
-        ended = False
+    async def copy(self, feed: Feed, encode: Encode, after: int = 0) -> Batch | None:
+        """Write everything behind sequence *after* to the final batch; none if it did not come, or was stopped before."""
+        last: Batch | None = None
 
         def take(batch: Batch) -> bool:
-            nonlocal ended
+            nonlocal last
             if not self._roomy or (batch.sequence > after and not self._write_now(encode(batch))):
                 return False
-            ended = batch.final
+            if batch.final:
+                last = batch
             return True
 
         feed.tap(take)
-        async for arrived in feed:
-            if fresh := [batch for batch in arrived if batch.sequence > after]:
-                await self.write(b"".join(map(encode, fresh)))
-            ended = arrived[-1].final
-        return ended
+        try:
+            async with self._copying:
+                async for arrived in feed:
+                    if fresh := [batch for batch in arrived if batch.sequence > after]:
+                        await self.write(b"".join(map(encode, fresh)))
+                    if self._stopped:
+                        break
+                    if arrived and arrived[-1].final:
+                        last = arrived[-1]
+        except TimeoutError:
+            if not self._copying.expired():
+                raise
+        return None if self._stopped else last
+
+    def stop(self) -> None:
+        """Whatever is being copied: copy no more of it. What an encoder has just returned is still written."""
+        self._stopped = True
+        self._copying.reschedule(self._loop.time())
 
     @property
     def _roomy(self) -> bool:
         transport = self._request.transport
-        return transport is not None and not transport.is_closing() and transport.get_write_buffer_size() < _ROOM
+        return transport is not None and not transport.is_closing() and transport.get_write_buffer_size() < self._room
 
     def _write_now(self, data: bytes) -> bool:
         """Send *data* without a task having to wake for it; false when the connection is broken."""

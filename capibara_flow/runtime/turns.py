@@ -206,6 +206,8 @@ class NatsTurns:
         return await self._feed(follower, backfill=False)
 
     async def follow(self, turn: str, after: int = 0) -> Feed:
+        if after and (last := await last_message(self._client, f"cf.out.{turn}.data.main")):
+            after = min(after, last.sequence - 1)
         follower = Follower(self._client, turn, "main", after)
         await follower.start()
         return await self._feed(follower, backfill=True)

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from aiohttp import ClientSession, web
 
 from capibara_flow.domain.fleet import Fleet
-from capibara_flow.edge.app import build
+from capibara_flow.edge.app import runner_of
 from capibara_flow.edge.door import Door
 from capibara_flow.ports import Turns
 from capibara_flow.settings import AuthSettings, EdgeSettings
@@ -39,7 +39,7 @@ async def served(
 ) -> AsyncIterator[tuple[str, int]]:
     """Host and port of a door onto *turns*; unless it *cancels*, handlers do not hear that a client left."""
     # As ``app.serve`` does it, but on a free port.
-    runner = web.AppRunner(build(doorway(turns, edge, auth)), handler_cancellation=cancels, access_log=None, shutdown_timeout=0.1)
+    runner = runner_of(doorway(turns, edge, auth), handler_cancellation=cancels, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:

@@ -134,6 +134,11 @@ async def test_a_reader_that_has_everything_is_not_kept_waiting() -> None:
         assert await resumed(session, a_turn(), 13) == []
 
 
+async def test_an_id_behind_the_last_one_is_not_kept_waiting_either() -> None:
+    async with client(FakeTurns(*ANSWER)) as session, asyncio.timeout(20):
+        assert await resumed(session, a_turn(), 99_999_999) == []
+
+
 async def test_an_old_turn_can_be_read_while_it_is_kept() -> None:
     turns = FakeTurns(*ANSWER)
     async with client(turns) as session:

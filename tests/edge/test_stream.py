@@ -226,7 +226,7 @@ async def test_the_door_is_ready_once_somebody_works(broker: EmbeddedBroker, fle
     try:
         async with wiring.connected(settings, "edge") as client:
             door = wiring.NatsTurns(client, wiring.consumers(settings))
-            assert set(await door.ready()) == {"router", "caller-scripted", "caller-paint"}
+            assert set(await door.ready()) == {"CF_OUT", "router", "caller-scripted", "caller-paint"}
             await wiring.apply_streams(settings)
             assert set((await door.ready()).values()) == {"no worker is taking work"}
             await running.start_worker("router")
@@ -278,7 +278,8 @@ async def test_metrics_and_stats_of_a_real_turn(door: str, session: ClientSessio
     async with session.get(f"{door}/metrics") as response:
         text = await response.text()
     for pattern in (
-        r'capibara_turns_total\{outcome="ended"\} [1-9]',
+        r'capibara_turns_total\{outcome="done"\} [1-9]',
+        r"capibara_turn_duration_seconds_count [1-9]",
         r'capibara_tokens_total\{direction="out",expert="scripted"\} [1-9]',
         r'capibara_work_settled_total\{how="done",stage="caller"\} [1-9]',
         r'capibara_first_token_seconds_count\{expert="scripted"\} [1-9]',
@@ -302,3 +303,18 @@ async def test_a_body_too_large_for_the_broker_is_said_to_be_too_large(installat
     async with session.post(f"{door}/api/chat", json={"message": "x" * 9_000_000, "stream": False}) as response:
         assert response.status == 413, await response.text()
         assert "more than the broker takes" in (await response.json())["detail"]
+
+
+async def test_a_turn_survives_that_the_streams_of_all_output_disappear(installation: Installation, session: ClientSession) -> None:
+    door = await installation.start_edge()
+    async with wiring.connected(installation.settings, "provisioner") as client:
+        for name in ("CF_OUT", "CF_CTL"):
+            await client.jetstream().delete_stream(name)
+    async with session.get(f"{door}/ready") as response:
+        assert response.status == 503
+        assert "CF_OUT" in await response.text()
+    async with session.post(f"{door}/api/chat", json={"message": "count"}) as response:
+        text = await response.text()
+    assert "event: done" in text
+    async with session.get(f"{door}/ready") as response:
+        assert response.status == 200

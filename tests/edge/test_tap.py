@@ -26,7 +26,7 @@ from tests.edge.client import events
 from tests.edge.serving import T, client, served
 from tests.runtime.memory import MemoryClient
 from tests.waiting import until
-from topics.output import Done, Output, Token
+from topics.output import Done, Output, Reset, Token
 
 NATIVE: tuple[str, dict[str, Any]] = ("/api/chat", {"message": "hello"})
 OPENAI: tuple[str, dict[str, Any]] = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}], "stream": True})
@@ -54,7 +54,7 @@ def spied(follower: Follower) -> list[bool]:
 
 def ended() -> float:
     """How many answers were written to their end."""
-    return REGISTRY.get_sample_value("capibara_turns_total", {"outcome": "ended"}) or 0.0
+    return REGISTRY.get_sample_value("capibara_turns_total", {"outcome": "done"}) or 0.0
 
 
 @dataclass
@@ -312,3 +312,63 @@ async def test_what_a_resuming_client_has_is_not_tapped_again() -> None:
         found = events(await response.text())
     assert [each.id for each in found] == [str(memory.sequence(place)) for place in (2, 3, 4)]
     assert memory.asked == 1
+
+
+@pytest.mark.parametrize("after", [15, 99_999_999])
+async def test_a_reader_whose_id_lies_behind_the_end_is_not_kept_waiting(after: int) -> None:
+    memory = MemoryClient()
+    turn = turn_id(milliseconds=int(time.time() * 1000), entropy=b"0123456789", tenant="anonymous")
+    memory.store([Token(turn=turn, text="Hello")])
+    memory.store([DONE.model_copy(update={"turn": turn})])
+    async with (
+        client(NatsTurns(cast(TokenClient, memory), ())) as session,
+        asyncio.timeout(20),
+        session.get(f"/api/chat/{turn}/events", params={"after": after}) as response,
+    ):
+        assert (response.status, await response.text()) == (200, "")
+    assert memory.asked == 1
+
+
+async def test_a_reader_whose_id_lies_in_the_future_learns_when_its_turn_ends() -> None:
+    memory = MemoryClient()
+    turn = turn_id(milliseconds=int(time.time() * 1000), entropy=b"0123456789", tenant="anonymous")
+    memory.store([Token(turn=turn, text="Hello")])
+    async with (
+        client(NatsTurns(cast(TokenClient, memory), ())) as session,
+        asyncio.timeout(20),
+        session.get(f"/api/chat/{turn}/events", params={"after": 99_999_999}) as response,
+    ):
+        await until(lambda: len(memory.ears) == 1 and memory.asked and follower_of(memory)._waiting is not None)
+        memory.say(*(each.model_copy(update={"turn": turn}) for each in (*some(4), DONE)))
+        assert await response.text() == ""
+    assert not memory.ears
+
+
+async def test_words_taken_back_end_a_tapped_stream_of_openai_s_and_its_turn() -> None:
+    async with asked(*OPENAI) as client:
+        client.say(*some(3), Reset(turn=T, reason="again"), *some(3), DONE)
+        *_, last = (await client.read()).strip().splitlines()
+        assert '"code":"answer_reset"' in last
+        await until(lambda: client.memory.published[1:])
+        assert client.memory.published[1] == client.memory.published[0].replace("work", "ctl").replace("router", "cancel")
+        assert not client.memory.ears
+
+
+@pytest.mark.parametrize("room", [4096, 1024 * 1024])
+async def test_a_writer_waits_once_a_client_has_so_much_to_take(room: int) -> None:
+    waiting: asyncio.Queue[int] = asyncio.Queue()
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        async with opened(request, {}, 600, room) as stream:
+            while stream._roomy:
+                assert stream._write_now(b": " + b"x" * 1000 + b"\n\n")
+            assert request.transport
+            waiting.put_nowait(request.transport.get_write_buffer_size())
+            await stream.write(b"x")
+        return stream.response
+
+    app = web.Application()
+    app.router.add_get("/", handle)
+    async with TestServer(app, host="127.0.0.1") as server, ClientSession() as session, session.get(server.make_url("/")) as response:
+        assert room <= await waiting.get() < room + 2000
+        await response.read()

@@ -1,10 +1,13 @@
 """The ears of a ``TokenClient`` over a stream in memory: what is delivered, when and how often is the test's choice."""
 
 import asyncio
+import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
+
+from nats.aio.msg import Msg
 
 from capibara_flow.runtime.client import Hear, encoded
 from topics.output import Output
@@ -52,6 +55,15 @@ class MemoryClient:
             await asyncio.sleep(0)  # the live feed goes on meanwhile
             self._answer(json.loads(payload), reply)
             await asyncio.sleep(0)
+
+    async def request(self, subject: str, payload: bytes = b"", **_: Any) -> Msg:
+        """What the stream's leader says of its last message."""
+        assert subject == "$JS.API.STREAM.MSG.GET.CF_OUT"
+        place = len(self.messages) - 1
+        last = (
+            {"message": {"seq": self.sequence(place), "data": base64.b64encode(self.messages[place]).decode()}} if self.messages else None
+        )
+        return Msg(cast(Any, self), data=json.dumps(last or {"error": {"err_code": 10037}}).encode())
 
     def _answer(self, asked: dict[str, Any], reply: str) -> None:
         stored = [(self.sequence(place), data) for place, data in enumerate(self.messages)]

@@ -145,7 +145,7 @@ function startAnew() {
   Object.assign(page, { turns: [], running: null });
   if (running) {
     running.stopper.abort();
-    if (running.state.turn !== null) cancel(running.state.turn).catch(() => {}); // it stops by itself when nobody reads
+    if (running.state.turn !== null) cancel(running.state.turn).catch(() => {}); // unheard, it goes on to its own end
   }
   $("turns").replaceChildren();
   $("welcome").hidden = false;

@@ -15,7 +15,6 @@ Encode = Callable[[Batch], bytes]
 
 HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _STALLED_SECONDS = 60.0
-_ROOM = 32 * 1024
 
 
 def native(batch: Batch) -> bytes:
@@ -26,7 +25,7 @@ def native(batch: Batch) -> bytes:
 
 
 @asynccontextmanager
-async def opened(request: web.Request, headers: dict[str, str], heartbeat: float, room: int = _ROOM) -> AsyncIterator["Stream"]:
+async def opened(request: web.Request, headers: dict[str, str], heartbeat: float, room: int) -> AsyncIterator["Stream"]:
     """A prepared event stream with its heartbeat, for the length of a block, which a client that leaves ends in silence.
 
     With *room* bytes waiting to be sent, whoever wants to write more waits too.

@@ -11,19 +11,18 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, TypeVar
 
-import stamina
 from faststream import AckPolicy, BaseMiddleware, ContextRepo
 from faststream.message import StreamMessage
 from faststream.nats import JStream, NatsBroker, PullSub
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js.api import ConsumerConfig
-from nats.js.errors import APIError, NoStreamResponseError
+from nats.js.errors import APIError
 from pydantic import ValidationError
 
-from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, LeaseLost, Terminal, TooLarge, TurnExpired
+from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, LeaseLost, Terminal, TurnExpired
 from capibara_flow.ports import Answers
-from capibara_flow.runtime.output import fits
+from capibara_flow.runtime.output import fits, publish_once
 from capibara_flow.runtime.provision import ensure_consumer, ensure_stream
 from capibara_flow.runtime.pump import Pump
 from capibara_flow.telemetry import SETTLED, STAGE_SECONDS, log
@@ -33,7 +32,6 @@ from topics.message import DEADLINE, PRINCIPAL, TENANT, TRACE, Command, Message
 from topics.output import Failed, Output
 from topics.streams import Consumer, Layout
 
-Say = Callable[[Message], Awaitable[None]]
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[None]])
 
 _CARRIED = (TENANT, PRINCIPAL, DEADLINE, TRACE)
@@ -124,13 +122,9 @@ class Stage:
 
     async def _store(self, subject: str, body: bytes, headers: dict[str, str]) -> None:
         """Store a message; raises ``BrokerUnavailable`` or ``TooLarge``."""
-        jetstream = self._broker.config.connection_state.stream
-        if not fits(self._broker.config.connection_state.connection, body):
-            raise TooLarge(f"{len(body)} bytes are more than the broker takes at once")
+        state = self._broker.config.connection_state
         try:
-            async for retry in stamina.retry_context(on=(TimeoutError, NoStreamResponseError), attempts=5, timeout=15, wait_max=3):
-                with retry:
-                    await jetstream.publish(subject, body, timeout=5, headers=headers)
+            await publish_once(state.connection, state.stream, subject, body, headers)
         except (NatsError, APIError, TimeoutError) as error:
             raise BrokerUnavailable(f"{subject} was not stored: {error}") from error
 

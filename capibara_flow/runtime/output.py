@@ -1,4 +1,4 @@
-"""Reading stored messages: the last of a subject from the leader, and runs of them by batched direct get (NATS ADR-31)."""
+"""Storing a message once, and reading stored ones: the last of a subject, and runs of them by batched direct get (NATS ADR-31)."""
 
 import asyncio
 import base64
@@ -7,11 +7,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import stamina
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
+from nats.js import JetStreamContext
+from nats.js.errors import NoStreamResponseError
 
-from capibara_flow.errors import BrokerUnavailable
+from capibara_flow.errors import BrokerUnavailable, TooLarge
 from capibara_flow.runtime.client import TokenClient, description, header, status
 
 OUT = "CF_OUT"
@@ -19,6 +22,18 @@ _BATCH = 256
 _TIMEOUT = 5.0
 _NOTHING = {10037, 10059}  # no message found, no stream found
 _HEADERS = 4096  # bytes, more than ours are
+
+
+async def publish_once(client: Client, jetstream: JetStreamContext, subject: str, body: bytes, headers: dict[str, str]) -> None:
+    """Store *body* under the ``Nats-Msg-Id`` of *headers*; raises ``TooLarge``, else what nats-py raises.
+
+    The same id again is stored once, so asking again is safe while a leader is being elected.
+    """
+    if not fits(client, body):
+        raise TooLarge(f"{len(body)} bytes are more than the broker takes at once")
+    async for attempt in stamina.retry_context(on=(TimeoutError, NoStreamResponseError), attempts=5, timeout=15, wait_max=3):
+        with attempt:
+            await jetstream.publish(subject, body, timeout=5, headers=headers)
 
 
 def fits(client: Client, body: bytes) -> bool:

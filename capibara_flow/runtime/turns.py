@@ -4,15 +4,14 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
-import stamina
 from nats.errors import Error as NatsError
-from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
+from nats.js.errors import APIError, NotFoundError
 
 from capibara_flow.domain.reading import Cursor, Verdict
-from capibara_flow.errors import BrokerUnavailable, QueueFull, TooLarge
+from capibara_flow.errors import BrokerUnavailable, QueueFull
 from capibara_flow.ports import Batch, Feed, Identity, Take
 from capibara_flow.runtime.client import TokenClient, header
-from capibara_flow.runtime.output import OUT, fits, last_message, stored
+from capibara_flow.runtime.output import OUT, last_message, publish_once, stored
 from capibara_flow.telemetry import log
 from topics.chat import CancelTurn, RouteTurn
 from topics.message import DEADLINE, PRINCIPAL, TENANT, Message
@@ -237,13 +236,8 @@ class NatsTurns:
             DEADLINE: f"{deadline:.3f}",
         }
         body = message.model_dump_json(exclude_none=True).encode()
-        if not fits(self._client, body):
-            raise TooLarge(f"{len(body)} bytes are more than the broker takes at once")
         try:
-            # The same id again is stored once, so asking again is safe while a leader is being elected.
-            async for attempt in stamina.retry_context(on=(TimeoutError, NoStreamResponseError), attempts=5, timeout=15, wait_max=3):
-                with attempt:
-                    await self._jetstream.publish(message.subject, body, timeout=5, headers=headers)
+            await publish_once(self._client, self._jetstream, message.subject, body, headers)
         except APIError as error:
             if error.err_code in _FULL:
                 raise QueueFull("too many turns are waiting; try again later") from error

@@ -22,6 +22,7 @@ from capibara_flow.edge.sse import Stream, opened
 from capibara_flow.ports import Batch
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.turns import Follower, NatsTurns
+from capibara_flow.settings import EdgeSettings
 from tests.edge.client import events
 from tests.edge.serving import T, client, served
 from tests.runtime.memory import MemoryClient
@@ -278,7 +279,7 @@ async def test_whoever_gave_up_waiting_for_a_client_does_not_harm_what_is_writte
     over = asyncio.Event()
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        async with opened(request, {}, 600) as stream:
+        async with opened(request, {}, 600, EdgeSettings().max_buffer_bytes) as stream:
             streams.put_nowait(stream)
             await over.wait()
         return stream.response

@@ -12,7 +12,9 @@ Two questions decide every error's name: may we try again, and who must know?
     - BadRequest          the engine or a stage refuses this request for what it is
     - UnknownExpert       nobody of that name serves here
     - TurnExpired         its deadline has passed
-    - TurnUnknown         no such turn, or its output has aged out
+    - TurnUnknown         no such turn
+    - TurnGone            its output, or the part that is asked for, has aged out
+    - KeyReused           an idempotency key that stood for another request
     - TooLarge            larger than the broker takes at once
     - EngineRefusesUs     the engine does not take the key that we are configured with
     - QueueFull           the queue takes no more now
@@ -90,9 +92,21 @@ class TurnExpired(Terminal):
 
 
 class TurnUnknown(Terminal):
-    """No such turn, or its output has aged out."""
+    """No such turn."""
 
     status = 404
+
+
+class TurnGone(Terminal):
+    """The turn's output, or the part of it that is asked for, is no longer kept."""
+
+    status = 410
+
+
+class KeyReused(Terminal):
+    """The idempotency key stood for another request before."""
+
+    status = 422
 
 
 class TooLarge(Terminal):

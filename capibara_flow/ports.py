@@ -49,12 +49,13 @@ Piece = Text | ToolFragment | Tally | Finish
 
 @dataclass(frozen=True)
 class Abilities:
-    """What an engine can do beyond plain chat."""
+    """What an engine can do beyond plain chat, and how long its answers are when a request does not say (tokens, none: no limit)."""
 
     tools: bool = False
     images: bool = False
     prefill: bool = False
     json_schema: bool = False
+    max_tokens: int | None = None
 
 
 class ChatEngine(Protocol):
@@ -119,6 +120,14 @@ class Answers(Protocol):
         """Take the branch over; raises ``LeaseLost`` when a race for it is lost."""
         ...
 
+    async def stopping(self, turn: str) -> bool:
+        """Whether somebody asked *turn* to stop; raises ``BrokerUnavailable``."""
+        ...
+
+    async def ended(self, turn: str, branch: str) -> bool:
+        """Whether the last that was said there is final; raises ``BrokerUnavailable``."""
+        ...
+
 
 # --- the door's view of turns --------------------------------------------------------------------------------
 
@@ -161,12 +170,25 @@ class Feed(Protocol):
 class Turns(Protocol):
     """Opening, following and stopping turns."""
 
-    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> Feed:
-        """Publish *command*, then follow its output; raises ``QueueFull`` or ``BrokerUnavailable`` if nothing was accepted."""
+    async def open(self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False) -> Feed:
+        """Publish *command*, then follow its output; raises ``QueueFull`` or ``BrokerUnavailable`` if nothing was accepted.
+
+        An *attended* turn is stopped when nobody has read it for a while. The same command again is done once.
+        """
         ...
 
     async def follow(self, turn: str, after: int = 0) -> Feed:
-        """The output after sequence *after*; who has all there is gets the last of it again, and so learns whether that was the end."""
+        """The output after sequence *after*; who has all there is gets the last of it again, and so learns whether that was the end.
+
+        Raises ``TurnGone`` when some of it is no longer kept. Who follows an attended turn attends it.
+        """
+        ...
+
+    async def claim(self, key: str, digest: str, turn: str) -> str:
+        """The turn that *key* (a hash) stands for: *turn*, unless it stood for another one with the same *digest* of the request.
+
+        Raises ``KeyReused`` when that had another digest, and ``BrokerUnavailable``.
+        """
         ...
 
     async def exists(self, turn: str) -> bool:
@@ -175,6 +197,10 @@ class Turns(Protocol):
 
     async def cancel(self, turn: str, reason: str) -> None:
         """Stop *turn* wherever it is."""
+        ...
+
+    async def erase(self, turn: str) -> int:
+        """Stop *turn* and remove every trace of it: how many messages these were. Raises ``BrokerUnavailable`` if nobody can do it now."""
         ...
 
     async def ready(self) -> dict[str, str]:

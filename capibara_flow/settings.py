@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from capibara_flow.domain.fleet import Fleet
 
-ROLES = ("provisioner", "edge", "router", "caller", "observer")
+ROLES = ("provisioner", "edge", "router", "caller", "undertaker", "observer")
 
 
 class Group(BaseModel):
@@ -22,11 +22,17 @@ class Group(BaseModel):
 
 
 class NatsSettings(Group):
-    """How to reach the broker; *passwords* by role, as in ``nats.conf``. A URL with a user in it wins."""
+    """How to reach the broker; *passwords* by role, as in ``nats.conf``. A URL with a user in it wins.
+
+    For the broker of ``capibara up``: *sync* says when what it acknowledged is forced to the disk (``always``, or at intervals such
+    as ``2m``, which is its own default), *store_key* is a passphrase that its store is encrypted with.
+    """
 
     url: str = "nats://127.0.0.1:4222"
     passwords: dict[str, SecretStr] = {}
     replicas: int = Field(default=1, ge=1, le=5)
+    sync: str = Field(default="2m", pattern=r"^(always|[1-9][0-9]*(ms|s|m|h))$")
+    store_key: SecretStr | None = None
 
 
 def _listed(value: object) -> object:
@@ -43,7 +49,10 @@ def _lower(value: object) -> object:
 
 
 class EdgeSettings(Group):
-    """The door; a client that has *max_buffer_bytes* of its answer still to take makes its writer wait."""
+    """The door; a client that has *max_buffer_bytes* of its answer still to take makes its writer wait.
+
+    A streamed turn that nobody has read for *abandon_seconds* is stopped.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(default=5001, ge=0, le=65535)
@@ -53,6 +62,7 @@ class EdgeSettings(Group):
     heartbeat_seconds: float = 15
     max_buffer_bytes: int = Field(default=32 * 1024, ge=1024)
     turn_seconds: float = Field(default=600, gt=0)
+    abandon_seconds: float = Field(default=15, ge=1)
 
 
 class Key(Group):
@@ -87,11 +97,16 @@ class FleetSettings(Group):
 
 
 class WorkerSettings(Group):
-    """How workers take work: *ack_wait_seconds* without a heartbeat and the message goes to somebody else."""
+    """How workers take work: *ack_wait_seconds* without a heartbeat and the message goes to somebody else.
 
-    ack_wait_seconds: float = Field(default=10, gt=0)
-    max_deliver: int = Field(default=4, ge=1)
+    *max_deliver* processes at most may die at it. What goes wrong for a while, an engine that is down, say, is tried again every
+    *retry_seconds* until the turn's deadline, or for *patience_seconds* at most.
+    """
+
+    ack_wait_seconds: float = Field(default=5, gt=0)
+    max_deliver: int = Field(default=6, ge=1)
     retry_seconds: float = Field(default=2, ge=0)
+    patience_seconds: float | None = Field(default=None, ge=0)
     graceful_seconds: float = 30
     router_permits: int = Field(default=32, ge=1)
     metrics_port: int | None = None

@@ -8,13 +8,32 @@ import yaml
 
 from topics.chat import CallExpert
 from topics.flow import DOOR, FLOW, Hop, mermaid
-from topics.message import Command, Message, Signal
+from topics.message import Command, Message, Request, Signal
 from topics.output import OUTPUTS, Output
-from topics.streams import Layout, caller_consumer, router_consumer, subject_token
+from topics.streams import (
+    Layout,
+    absence_consumer,
+    caller_consumer,
+    reader_key,
+    router_consumer,
+    subject_token,
+    traces,
+    undertaker_consumer,
+)
 from workers.asyncapi import described
 
 ROOT = Path(__file__).parents[1]
-MESSAGES = {message for hop in FLOW for message in (hop.consumes, *hop.speaks)} | set(DOOR)
+MESSAGES = {message for hop in FLOW for message in (hop.consumes, *hop.serves, *hop.speaks)} | set(DOOR)
+KEPT = {message for message in MESSAGES if not issubclass(message, Request)}
+
+
+STREAMS = {
+    "router": {router_consumer().stream},
+    "caller": {caller_consumer("x").stream},
+    "undertaker": {undertaker_consumer().stream, absence_consumer().stream},
+}
+#: What a worker may do to streams that are not its own, because that is its work.
+MAY_ALSO = {"undertaker": {"$JS.API.STREAM.PURGE.*"}}
 
 
 def covers(pattern: str, subject: str) -> bool:
@@ -46,7 +65,7 @@ def test_a_worker_listens_and_speaks_exactly_as_the_map_says(hop: Hop):
     for operation in document["operations"].values():
         channel = operation["channel"]["$ref"].removeprefix("#/channels/").replace("%20", " ").replace("%7B", "{").replace("%7D", "}")
         seen[operation["action"]].add((document["channels"][channel]["address"], channel.split(" ")[0]))
-    assert seen["receive"] == {(hop.consumes.pattern, hop.consumes.__name__)}
+    assert seen["receive"] == {(message.pattern, message.__name__) for message in (hop.consumes, *hop.serves)}
     assert seen["send"] == {(message.pattern, message.__name__) for message in hop.speaks}
 
 
@@ -59,7 +78,7 @@ def test_asyncapi_is_the_one_of_today():
     assert written == described(), "run `make asyncapi`"
 
 
-@pytest.mark.parametrize("message", sorted(MESSAGES, key=lambda each: each.__name__), ids=lambda each: each.__name__)
+@pytest.mark.parametrize("message", sorted(KEPT, key=lambda each: each.__name__), ids=lambda each: each.__name__)
 def test_every_message_is_kept_by_exactly_one_stream(message: type[Message]):
     keepers = [stream for stream in Layout().streams if any(covers(subject, message.subjects()) for subject in stream.subjects)]
     assert len(keepers) == 1
@@ -70,9 +89,11 @@ def test_every_command_has_one_taker_and_every_output_is_on_the_map():
     takers = [hop.consumes for hop in FLOW]
     assert len(takers) == len(set(takers))
     commands = {message for message in MESSAGES if issubclass(message, Command)}
-    assert commands == set(takers)
+    assert commands == {taken for taken in takers if issubclass(taken, Command)}
+    assert {message for message in DOOR if issubclass(message, Request)} == {served for hop in FLOW for served in hop.serves}
     assert {output for hop in FLOW for output in hop.shows} == set(OUTPUTS)
-    assert all(issubclass(message, Command | Signal) for message in DOOR)
+    assert all(issubclass(message, Command | Signal | Request) for message in DOOR)
+    assert not any(covers(subject, message.subjects()) for message in MESSAGES - KEPT for s in Layout().streams for subject in s.subjects)
 
 
 @pytest.mark.parametrize("hop", FLOW, ids=lambda hop: hop.worker)
@@ -80,11 +101,10 @@ def test_a_worker_may_publish_what_the_map_lists_and_nothing_else(hop: Hop):
     publish, subscribe = permissions(hop.worker)
     ours = {subject for subject in publish if subject.startswith("cf.")}
     assert ours == {message.subjects() for message in hop.speaks} | {"cf.out.*.lease.*"}
-    assert subscribe == {"cf.ctl.*.cancel", f"_INBOX_{hop.worker}.>"}
-    stream = router_consumer().stream if hop.worker == "router" else caller_consumer("x").stream
-    for subject in publish - ours:
+    assert subscribe == {"cf.ctl.*.cancel", f"_INBOX_{hop.worker}.>"} | {request.subjects() for request in hop.serves}
+    for subject in publish - ours - MAY_ALSO.get(hop.worker, set()):
         assert subject.startswith(("$JS.ACK.", "$JS.API."))
-        assert stream in subject or subject.split(".")[-1] in {"CF_OUT", "CF_CTL"}
+        assert any(stream in subject for stream in STREAMS[hop.worker]) or subject.split(".")[-1] in {"CF_OUT", "CF_CTL"}
         assert not re.search(r"DELETE|PURGE|UPDATE|SNAPSHOT|RESTORE", subject)
 
 
@@ -92,6 +112,7 @@ def test_the_door_may_open_cancel_and_follow_turns_only():
     publish, subscribe = permissions("edge")
     assert {subject for subject in publish if subject.startswith("cf.")} == {message.subjects() for message in DOOR}
     assert subscribe == {"cf.live.*.*", "_INBOX_edge.>"}
+    assert {subject for subject in publish if subject.startswith("$KV.")} == {"$KV.CF_READERS.*", "$KV.CF_KEYS.*.*"}
 
 
 def test_observers_change_nothing():
@@ -114,6 +135,8 @@ def test_subjects_of_messages_fit_their_patterns():
     for message in MESSAGES:
         assert re.fullmatch(r"cf\.[a-z]+\.\{turn\}\.[a-z0-9_.{}]+", message.pattern)
     assert all(output.pattern == Output.pattern for output in OUTPUTS)
+    assert all(any(covers(trace, message.pattern.replace("{turn}", "T")) for trace in traces("T")) for message in MESSAGES)
+    assert reader_key("T") in traces("T")
     consumer = caller_consumer("qwen2.5-coder:1.5b")
     assert covers(CallExpert.subjects(), consumer.filter)
     assert subject_token("qwen2.5-coder:1.5b") in consumer.durable

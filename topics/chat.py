@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from topics.message import Command, Event, Part, Signal
+from topics.message import Command, Event, Part, Request, Signal
 from topics.plan import Plan
 
 #: A stage, expert or branch as it stands in a subject: no dots, no wildcards, no blanks.
@@ -129,19 +129,24 @@ class RouteTurn(Command):
 
 
 class CallExpert(Command):
-    """Let *expert* answer into *branch*."""
+    """Let *expert* answer into *branch*; should it be out of reach, the next of the *alternatives* (experts' names).
+
+    *passed* counts how often the call was passed on so.
+    """
 
     pattern: ClassVar[str] = "cf.work.{turn}.call.{expert}.{bucket}"
     expert: Token
     bucket: int = Field(ge=0, lt=64)
     branch: Token = "main"
     request: ChatRequest
+    alternatives: tuple[str, ...] = Field(default=(), max_length=16)
+    passed: int = Field(default=0, ge=0)
     plan: Plan = Plan()
 
     @property
     def dedupe(self) -> str:
-        """One call for each branch of a turn."""
-        return f"{self.turn}:call:{self.branch}"
+        """One call for each branch of a turn, and one each time that it is passed on."""
+        return f"{self.turn}:call:{self.branch}:{self.passed}"
 
 
 class CancelTurn(Signal):
@@ -149,6 +154,18 @@ class CancelTurn(Signal):
 
     pattern: ClassVar[str] = "cf.ctl.{turn}.cancel"
     reason: str = "asked"
+
+
+class EraseTurn(Request):
+    """Stop this turn and remove every trace of it; the reply is an ``Erased``."""
+
+    pattern: ClassVar[str] = "cf.ctl.{turn}.erase"
+
+
+class Erased(Part):
+    """How many stored messages of a turn are gone."""
+
+    messages: int
 
 
 class TurnRouted(Event):
@@ -169,11 +186,18 @@ class ExpertCalled(Event):
     branch: str
     attempt: int
     outcome: str
+    continued: Literal["prefill", "skip", "reset"] | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    burnt_tokens: int = 0
     started: float
     first_token: float | None = None
     ended: float
+
+    @property
+    def dedupe(self) -> str:
+        """One fact for each attempt."""
+        return f"{self.turn}:called:{self.branch}:{self.attempt}"
 
 
 class TurnFailed(Event):

@@ -2,21 +2,22 @@
 
 from dataclasses import dataclass
 
-from topics.chat import CallExpert, CancelTurn, ExpertCalled, RouteTurn, TurnFailed, TurnRouted
-from topics.message import Command, Message
-from topics.output import Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage
+from topics.chat import CallExpert, CancelTurn, EraseTurn, ExpertCalled, RouteTurn, TurnFailed, TurnRouted
+from topics.message import Command, Message, Request, Signal
+from topics.output import Continued, Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage, Waiting
 
 EDGE = "edge"
 
 
 @dataclass(frozen=True)
 class Hop:
-    """One worker on the map: the command it takes, what it may emit, what it may show to the client."""
+    """One worker on the map: what it takes, what it may emit, what it may show to the client, which requests it replies to."""
 
     worker: str
-    consumes: type[Command]
+    consumes: type[Command] | type[Signal]
     emits: tuple[type[Message], ...]
     shows: tuple[type[Output], ...]
+    serves: tuple[type[Request], ...] = ()
 
     @property
     def speaks(self) -> tuple[type[Message], ...]:
@@ -25,12 +26,18 @@ class Hop:
 
 
 FLOW = (
-    Hop("router", RouteTurn, (CallExpert, TurnRouted, TurnFailed), (Routed, Failed)),
-    Hop("caller", CallExpert, (ExpertCalled, TurnFailed), (Token, ToolCalled, Reset, Usage, Done, Failed)),
+    Hop("router", RouteTurn, (CallExpert, TurnRouted, TurnFailed), (Routed, Waiting, Failed)),
+    Hop(
+        "caller",
+        CallExpert,
+        (CallExpert, ExpertCalled, TurnFailed),
+        (Token, ToolCalled, Continued, Reset, Waiting, Usage, Done, Failed),
+    ),
+    Hop("undertaker", CancelTurn, (CancelTurn, TurnFailed), (Waiting, Usage, Done, Failed), serves=(EraseTurn,)),
 )
 
 #: What the door itself publishes; it listens to nothing but output.
-DOOR: tuple[type[Message], ...] = (RouteTurn, CancelTurn)
+DOOR: tuple[type[Message], ...] = (RouteTurn, CancelTurn, EraseTurn)
 
 
 def hop(worker: str) -> Hop:
@@ -40,7 +47,7 @@ def hop(worker: str) -> Hop:
 
 def mermaid(flow: tuple[Hop, ...] = FLOW) -> str:
     """The flow as a Mermaid diagram: commands are arrows between workers, output and facts are grouped by worker."""
-    consumer = {each.consumes: each.worker for each in flow}
+    consumer = {message: each.worker for each in flow for message in (each.consumes, *each.serves)}
     arrows = [f"    {EDGE} -- {message.__name__} --> {consumer[message]}" for message in DOOR if message in consumer]
     for each in flow:
         arrows += [f"    {each.worker} -- {m.__name__} --> {consumer[m]}" for m in each.emits if m in consumer]

@@ -62,3 +62,7 @@ class Event(Message):
 
 class Signal(Message):
     """Tells everybody who is concerned at once; whoever comes later finds the last one."""
+
+
+class Request(Message):
+    """Asks one worker for something and waits for its reply; nobody keeps it."""

@@ -68,8 +68,34 @@ class Reset(Output):
     reason: str
 
 
+class Continued(Output):
+    """*expert* goes on with what another attempt began: from its very words (``prefill``), or by saying them again, unseen (``skip``)."""
+
+    event: Literal["continued"] = "continued"
+    how: Literal["prefill", "skip"]
+    expert: str
+    attempt: int
+
+
+class Waiting(Output):
+    """Nothing goes on for now, for this *reason*; it is tried again."""
+
+    event: Literal["waiting"] = "waiting"
+    reason: str
+    attempt: int
+
+    @property
+    def dedupe(self) -> str:
+        """Told once for each attempt."""
+        return f"{self.turn}:waiting:{self.attempt}"
+
+
 class Usage(Output):
-    """What the answer took; ``burnt`` counts tokens that were made and not kept."""
+    """What the answer took, over all *attempts*.
+
+    ``completion_tokens`` are those that the client got, to be billed; ``burnt_tokens`` all that engines are known to have made for it.
+    Where an attempt died before its engine told a count, the pieces that it sent stand in.
+    """
 
     event: Literal["usage"] = "usage"
     prompt_tokens: int = 0
@@ -101,10 +127,10 @@ class Failed(Output):
 
 
 AnyOutput = Annotated[
-    Routed | Token | ToolCalled | Reset | Usage | Done | Failed,
+    Routed | Token | ToolCalled | Reset | Continued | Waiting | Usage | Done | Failed,
     Field(discriminator="event"),
 ]
-OUTPUTS: tuple[type[Output], ...] = (Routed, Token, ToolCalled, Reset, Usage, Done, Failed)
+OUTPUTS: tuple[type[Output], ...] = (Routed, Token, ToolCalled, Reset, Continued, Waiting, Usage, Done, Failed)
 _READER: TypeAdapter[Any] = TypeAdapter(AnyOutput)
 _MARK = b'"event":"'
 FINALS = frozenset(output.model_fields["event"].default for output in OUTPUTS if output.final)

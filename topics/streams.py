@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 MINUTE, HOUR = 60, 3600
+#: The streams of two key-value buckets: who reads a turn now (by turn), what an ``Idempotency-Key`` stands for (by its hash, and turn).
+READERS, KEYS = "KV_CF_READERS", "KV_CF_KEYS"
 GIBIBYTE = 1024**3
 
 
@@ -21,6 +23,8 @@ class Stream:
     max_per_subject: int = -1
     direct: bool = False
     republish: tuple[str, str] | None = None
+    #: The stream of a key-value bucket: only the last message of a subject counts, and may say for how long.
+    bucket: bool = False
     replicas: int = 1
 
 
@@ -31,7 +35,7 @@ class Consumer:
     stream: str
     durable: str
     filter: str
-    ack_wait: float = 10.0
+    ack_wait: float = 5.0
     max_deliver: int = 4
     max_ack_pending: int = 2000
 
@@ -55,26 +59,28 @@ class Layout:
 
     def _all(self) -> list[Stream]:
         asked = ("cf.work.*.>", "cf.log.{{wildcard(1)}}.asked.>") if self.log else None
-        eighth = self.storage // 8
+        share = self.storage // 64
         streams = [
-            Stream("CF_WORK_ROUTER", ("cf.work.*.router",), "work", 15 * MINUTE, 20_000, eighth, 15 * MINUTE, republish=asked),
-            Stream("CF_WORK_CALL", ("cf.work.*.call.*.*",), "work", 15 * MINUTE, 20_000, eighth, 15 * MINUTE, republish=asked),
+            Stream("CF_WORK_ROUTER", ("cf.work.*.router",), "work", 15 * MINUTE, 20_000, 8 * share, 15 * MINUTE, republish=asked),
+            Stream("CF_WORK_CALL", ("cf.work.*.call.*.*",), "work", 15 * MINUTE, 20_000, 8 * share, 15 * MINUTE, republish=asked),
             Stream(
                 "CF_OUT",
                 ("cf.out.*.lease.*", "cf.out.*.data.*"),
                 "limits",
                 self.turn_age,
                 -1,
-                3 * eighth,
+                24 * share,
                 max_per_subject=100_000,
                 direct=True,
                 republish=("cf.out.*.data.*", "cf.live.{{wildcard(1)}}.{{wildcard(2)}}"),
             ),
-            Stream("CF_CTL", ("cf.ctl.*.cancel",), "limits", self.turn_age, -1, eighth // 2, max_per_subject=1, direct=True),
-            Stream("CF_DEAD", ("cf.dead.*.*",), "limits", self.dead_age, 100_000, eighth // 2, direct=True),
+            Stream("CF_CTL", ("cf.ctl.*.cancel",), "limits", self.turn_age, -1, 2 * share, max_per_subject=1, direct=True),
+            Stream("CF_DEAD", ("cf.dead.*.*",), "limits", self.dead_age, 100_000, 4 * share, direct=True),
+            Stream(READERS, ("$KV.CF_READERS.*",), "limits", self.turn_age, -1, share, bucket=True, max_per_subject=1, direct=True),
+            Stream(KEYS, ("$KV.CF_KEYS.*.*",), "limits", self.turn_age, -1, share, bucket=True, max_per_subject=1, direct=True),
         ]
         if self.log:
-            streams.append(Stream("CF_LOG", ("cf.log.>",), "limits", self.turn_age, -1, 2 * eighth, direct=True))
+            streams.append(Stream("CF_LOG", ("cf.log.>",), "limits", self.turn_age, -1, 16 * share, direct=True))
         return [replace(stream, replicas=self.replicas) for stream in streams]
 
     def named(self, name: str) -> Stream:
@@ -90,6 +96,26 @@ def subject_token(name: str) -> str:
 def router_consumer() -> Consumer:
     """The one consumer of all routers."""
     return Consumer("CF_WORK_ROUTER", "router", "cf.work.*.router")
+
+
+def undertaker_consumer() -> Consumer:
+    """The one consumer of all undertakers: whoever stops a turn is heard by them."""
+    return Consumer("CF_CTL", "undertaker", "cf.ctl.*.cancel")
+
+
+def absence_consumer() -> Consumer:
+    """Tells undertakers of turns that nobody reads any more."""
+    return Consumer(READERS, "undertaker", "$KV.CF_READERS.*")
+
+
+def reader_key(turn: str) -> str:
+    """Where the lease of the readers of *turn* is."""
+    return f"$KV.CF_READERS.{turn}"
+
+
+def traces(turn: str) -> tuple[str, ...]:
+    """Every subject that can hold something of *turn*: to erase these is to erase it."""
+    return f"cf.*.{turn}.>", reader_key(turn), f"$KV.CF_KEYS.*.{turn}"
 
 
 def caller_consumer(expert: str) -> Consumer:

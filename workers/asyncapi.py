@@ -13,12 +13,13 @@ from faststream.specification import AsyncAPI
 from capibara_flow import __version__
 from topics.chat import CallExpert
 from topics.flow import DOOR, FLOW
-from topics.streams import Consumer, router_consumer
+from topics.streams import Consumer, router_consumer, undertaker_consumer
 
 #: Needs that exist only once a worker runs; describing it takes none of them.
 _NEEDS: dict[str, dict[str, Any]] = {
     "router": {"fleet": None, "answers": None, "consumer": router_consumer()},
     "caller": {"engines": {}, "answers": None, "consumers": {Consumer("CF_WORK_CALL", "caller-{expert}", CallExpert.subjects()): 1}},
+    "undertaker": {"answers": None, "erase": None, "consumer": undertaker_consumer()},
 }
 
 

@@ -84,7 +84,6 @@ async def test_the_check_itself_tells_what_is_allowed(tried: dict[str, Tried], r
         ("router", "$JS.API.CONSUMER.CREATE.CF_OUT.spy.cf.out.>"),
         ("router", "$JS.API.STREAM.CREATE.CF_MINE"),
         ("caller", "cf.work.T.router"),
-        ("caller", "cf.work.T.call.phi.0"),
         ("caller", "cf.live.T.main"),
         ("caller", "cf.ctl.T.cancel"),
         ("caller", "$JS.API.CONSUMER.MSG.NEXT.CF_WORK_ROUTER.router"),
@@ -93,7 +92,11 @@ async def test_the_check_itself_tells_what_is_allowed(tried: dict[str, Tried], r
         ("observer", "$JS.API.CONSUMER.CREATE.CF_OUT.spy"),
         ("observer", "$JS.API.CONSUMER.MSG.NEXT.CF_WORK_ROUTER.router"),
         ("provisioner", "cf.out.T.data.main"),
-        ("provisioner", "cf.work.T.router"),
+        ("undertaker", "cf.work.T.router"),
+        ("undertaker", "cf.ctl.T.erase"),
+        ("undertaker", "$JS.API.STREAM.DELETE.CF_OUT"),
+        ("edge", "$JS.API.STREAM.PURGE.CF_OUT"),
+        ("caller", "$KV.CF_READERS.T"),
     ],
 )
 async def test_no_role_publishes_what_is_not_its_own(tried: dict[str, Tried], role: str, subject: str):

@@ -40,7 +40,13 @@ async def test_a_changed_age_is_updated_and_nothing_else(jetstream, broker):
     await caller.jetstream().publish("cf.out.T.data.main", b"kept")
     await caller.close()
     lines = await provision.apply(jetstream, Layout(turn_age=77), CONSUMERS)
-    assert [line.split()[1] for line in lines if line.startswith("updated")] == ["CF_OUT", "CF_CTL", "CF_LOG"]
+    assert [line.split()[1] for line in lines if line.startswith("updated")] == [
+        "CF_OUT",
+        "CF_CTL",
+        "KV_CF_READERS",
+        "KV_CF_KEYS",
+        "CF_LOG",
+    ]
     info = await jetstream.stream_info("CF_OUT")
     assert (info.config.max_age, info.state.messages) == (77, 1)
 

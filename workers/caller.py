@@ -1,4 +1,4 @@
-"""CallExpert in; the expert's answer, word by word, and ExpertCalled out."""
+"""CallExpert in; the expert's answer, word by word, and ExpertCalled out; or CallExpert for the next one, when it is out of reach."""
 
 import asyncio
 import time
@@ -8,15 +8,16 @@ from contextlib import aclosing
 from faststream import FastStream
 from faststream.nats import NatsBroker
 
-from capibara_flow.domain.answering import Account, burnt, must_reset
-from capibara_flow.errors import UnknownExpert
-from capibara_flow.ports import Answer, Answers, ChatEngine, Piece
-from capibara_flow.runtime.hops import Stage, attempt
+from capibara_flow.domain.answering import Account
+from capibara_flow.domain.continuing import Held, Way, continuing, held, limited, tokens_left, way_on
+from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineUnreachable, UnknownExpert
+from capibara_flow.ports import Answer, Answers, ChatEngine, Finish, Piece
+from capibara_flow.runtime.hops import Stage
+from capibara_flow.runtime.work import attempt, tries
 from capibara_flow.telemetry import FIRST_TOKEN_SECONDS, TOKENS
 from topics.chat import CallExpert
 from topics.flow import hop
-from topics.output import Reset
-from topics.streams import Consumer, Layout
+from topics.streams import Consumer, Layout, subject_token
 
 HOP = hop("caller")
 
@@ -29,44 +30,109 @@ def build(
     consumers: Mapping[Consumer, int],
     layout: Layout | None = None,
     retry_seconds: float = 2.0,
+    patience_seconds: float | None = None,
     clock: Callable[[], float] = time.time,
 ) -> FastStream:
     """Wire the caller onto *broker*: *engines* by the expert's subject token, and permits by consumer."""
-    stage = Stage(broker, HOP, answers, layout=layout, retry_seconds=retry_seconds)
+    stage = Stage(broker, HOP, answers, layout=layout, retry_seconds=retry_seconds, patience_seconds=patience_seconds)
 
     async def call(command: CallExpert) -> None:
         if command.expert not in engines:
             raise UnknownExpert(f"this caller does not serve {command.expert}")
-        async with answers.open(command.turn, command.branch) as answer:
-            if answer.said and answer.said[-1].final:
-                return
-            account = Account(
-                turn=command.turn,
-                branch=command.branch,
-                expert=command.request.model or command.expert,
-                attempt=attempt(),
-                started=clock(),
-                burnt=burnt(answer.said),
-            )
-            if must_reset(answer.said):
-                await answer.write(Reset(turn=command.turn, reason="the answer starts anew after a fault"))
-            async with answer.until_cancelled():
-                # In a task of its own a piece does not pass through all that stands around a handler.
-                await asyncio.create_task(_relay(engines[command.expert].stream(command.request), account, answer, clock))
-            await answer.finish(account.usage, account.done(clock()))
-        await stage.say(account.event(clock()))
-        _measure(command.expert, account)
+        if command.passed > len(command.alternatives):
+            await asyncio.sleep(retry_seconds)  # nobody could be reached the last time round
+        attempted = Attempt(command, engines[command.expert], clock)
+        try:
+            async with answers.open(command.turn, command.branch) as answer:
+                await attempted.run(answer)
+        except (EngineUnreachable, EngineBusy, EngineBroke) as error:
+            if attempted.account is None or not _out_of_reach(command, error):
+                raise
+            await stage.say(passed_on(command), attempted.account.event(clock(), f"passed on: {error.title}"))
+        else:
+            if attempted.account is not None:
+                await stage.say(attempted.account.event(clock()))
+                _measure(command.expert, attempted.account)
 
     for consumer, permits in consumers.items():
-        call = stage.takes(consumer, permits=permits)(call)
+        stage.takes(consumer, permits=permits)(call)
     return FastStream(broker)
 
 
-async def _relay(pieces: AsyncGenerator[Piece, None], account: Account, answer: Answer, clock: Callable[[], float]) -> None:
+class Attempt:
+    """One try at an answer, from where earlier ones left off; *account* is there once it has begun."""
+
+    def __init__(self, command: CallExpert, engine: ChatEngine, clock: Callable[[], float]) -> None:
+        self._command, self._engine, self._clock = command, engine, clock
+        self.account: Account | None = None
+
+    async def run(self, answer: Answer) -> None:
+        """Answer to the end, unless somebody has; raises what the engine raises."""
+        holds = held(answer.said)
+        if holds.ended:
+            return
+        account = self._begin(holds, way_on(holds, self._command.request, self._engine.abilities))
+        try:
+            await self._stream(answer, holds, account)
+        except BadRequest:
+            if account.way != "prefill" or not account.untold:
+                raise
+            # It takes the question, but will not go on with an answer: let it say all again.
+            account = self._begin(holds, "skip")
+            await self._stream(answer, holds, account)
+        await answer.finish(*account.ending(self._clock()))
+
+    def _begin(self, holds: Held, way: Way) -> Account:
+        command = self._command
+        self.account = Account(
+            turn=command.turn,
+            branch=command.branch,
+            expert=command.request.model or command.expert,
+            attempt=attempt(),
+            started=self._clock(),
+            holds=holds,
+            way=way,
+        )
+        return self.account
+
+    async def _stream(self, answer: Answer, holds: Held, account: Account) -> None:
+        request = self._command.request
+        if account.way == "prefill":
+            left = tokens_left(request, holds, self._engine.abilities)
+            if left == 0:
+                account.take(Finish("length"), self._clock())
+                return
+            request = continuing(request if left is None else limited(request, left), holds)
+        async with answer.until_cancelled():
+            # In a task of its own a piece does not pass through all that stands around a handler.
+            await asyncio.create_task(relay(self._engine.stream(request), account, answer, self._clock))
+
+
+async def relay(pieces: AsyncGenerator[Piece, None], account: Account, answer: Answer, clock: Callable[[], float]) -> None:
+    """Write what *pieces* amount to, and close them whatever happens."""
     async with aclosing(pieces):
         async for piece in pieces:
-            if output := account.take(piece, clock()):
+            for output in account.take(piece, clock()):
                 await answer.write(output)
+
+
+def passed_on(command: CallExpert) -> CallExpert:
+    """*command* for the next expert; the one that was out of reach comes last."""
+    following, *others = command.alternatives
+    name = command.request.model or command.expert
+    return command.model_copy(
+        update={
+            "expert": subject_token(following),
+            "request": command.request.model_copy(update={"model": following}),
+            "alternatives": (*others, name),
+            "passed": command.passed + 1,
+        }
+    )
+
+
+def _out_of_reach(command: CallExpert, error: EngineUnreachable | EngineBusy | EngineBroke) -> bool:
+    """Whether it is the next expert's turn: one that broke off may still go on with another replica."""
+    return bool(command.alternatives) and (not isinstance(error, EngineBroke) or tries() > 0)
 
 
 def _measure(expert: str, account: Account) -> None:

@@ -2,90 +2,135 @@
 
 from collections.abc import Sequence
 
+from capibara_flow.domain.continuing import Held, Repetition, Way
 from capibara_flow.ports import Finish, Piece, Tally, Text, ToolFragment
 from topics.chat import ExpertCalled
-from topics.output import Done, Output, Reset, Token, ToolCalled, Usage
+from topics.output import Continued, Done, Output, Reset, Token, ToolCalled, Usage
+
+_NOBODY = Held()
 
 
 class Account:
-    """One call of one expert, as it goes on; times are seconds since the epoch."""
+    """One call of one expert, as it goes on; times are seconds since the epoch.
 
-    def __init__(self, *, turn: str, branch: str, expert: str, attempt: int, started: float, burnt: int = 0) -> None:
+    *holds* is what earlier attempts left with the client, *way* how this one goes on from there.
+    """
+
+    def __init__(
+        self, *, turn: str, branch: str, expert: str, attempt: int, started: float, holds: Held = _NOBODY, way: Way = "fresh"
+    ) -> None:
         self._turn, self._branch, self._expert = turn, branch, expert
-        self._attempt, self._started, self._burnt = attempt, started, burnt
+        self._attempt, self._started, self._holds = max(attempt, holds.attempts + 1), started, holds
+        self._way: Way = way
+        self._repetition = Repetition(holds) if way == "skip" else None
+        self._told = way == "fresh"
         self._first: float | None = None
-        self._pieces = 0
+        self._made = self._shown = 0
         self._tally: Tally | None = None
         self.finish_reason: str | None = None
 
-    def take(self, piece: Piece, now: float) -> Output | None:
-        """The output that *piece* becomes, if the client shall see any of it."""
+    def take(self, piece: Piece, now: float) -> Sequence[Output]:
+        """The output that *piece* becomes, as far as the client shall see any of it."""
+        if isinstance(piece, Text | ToolFragment):
+            self._made += 1
+        if self._repetition is None:
+            return self._show(piece, now)
+        new = self._repetition.take(piece)
+        if self._repetition.diverged:
+            self._way = "reset"
+        if self._repetition.over or self._repetition.diverged:
+            self._repetition = None
+        return [output for each in new for output in self._show(each, now)]
+
+    def _show(self, piece: Piece, now: float) -> Sequence[Output]:
+        output: Output
         match piece:
             case Text(text, reasoning):
-                self._note(now)
-                return Token(turn=self._turn, text=text, reasoning=reasoning or None)
+                output = Token(turn=self._turn, text=text, reasoning=reasoning or None)
             case ToolFragment(index, id_, name, arguments):
-                self._note(now)
-                return ToolCalled(turn=self._turn, index=index, id=id_, name=name, arguments=arguments)
+                output = ToolCalled(turn=self._turn, index=index, id=id_, name=name, arguments=arguments)
             case Tally():
                 self._tally = piece
+                return ()
             case Finish(reason):
                 self.finish_reason = reason
-        return None
-
-    def _note(self, now: float) -> None:
-        self._pieces += 1
+                return ()
+        self._shown += 1
         if self._first is None:
             self._first = now
+        return (output,) if self._told else (*self._marks(), output)
+
+    def _marks(self) -> Sequence[Output]:
+        """How this attempt goes on, said once, before its first word."""
+        if self._told:
+            return ()
+        self._told = True
+        match self._way:
+            case "prefill" | "skip" as how:
+                return (Continued(turn=self._turn, how=how, expert=self._expert, attempt=self._attempt),)
+        return (Reset(turn=self._turn, reason="the answer starts anew after a fault"),)
+
+    @property
+    def way(self) -> Way:
+        """How this attempt went on from earlier ones, as far as it is known now."""
+        return self._way
+
+    @property
+    def untold(self) -> bool:
+        """Whether nothing of this attempt has reached the client."""
+        return self._shown == 0
 
     @property
     def first_token_seconds(self) -> float | None:
-        """From the start of the call to its first piece, if one came."""
+        """From the start of the call to its first new piece, if one came."""
         return None if self._first is None else self._first - self._started
 
     @property
     def usage(self) -> Usage:
         """Tokens as the engine counted them; pieces stand in where it did not (a cancelled call, say)."""
-        tally = self._tally or Tally(0, self._pieces)
+        made = self._tally.completion_tokens if self._tally else self._made
+        prompt = self._tally.prompt_tokens if self._tally else 0
         return Usage(
             turn=self._turn,
-            prompt_tokens=tally.prompt_tokens,
-            completion_tokens=tally.completion_tokens,
-            burnt_tokens=self._burnt,
+            prompt_tokens=max(0, prompt - self._holds.kept) if self._way == "prefill" else prompt,
+            completion_tokens=self._billed(made),
+            burnt_tokens=self._holds.made + made,
             attempts=self._attempt,
         )
 
-    def done(self, now: float) -> Done:
-        """The final event; a call that was stopped before it finished is ``cancelled``."""
+    def _billed(self, made: int) -> int:
+        """The tokens that the client has of an answer to which this attempt *made* that many."""
+        if self._repetition is not None or (self._way == "reset" and not self._told):
+            return self._holds.kept  # stopped before it changed anything
+        if self._way == "prefill":
+            return self._holds.kept + made
+        if self._way == "skip" and not self._tally:
+            return self._holds.kept + self._shown
+        return made
+
+    def ending(self, now: float) -> Sequence[Output]:
+        """The last output; a call that was stopped before it finished is ``cancelled``."""
         timings = {"total_seconds": round(now - self._started, 4)}
         if self.first_token_seconds is not None:
             timings["first_token_seconds"] = round(self.first_token_seconds, 4)
-        return Done(turn=self._turn, finish_reason=self.finish_reason or "cancelled", model_id=self._expert, timings=timings)
+        done = Done(turn=self._turn, finish_reason=self.finish_reason or "cancelled", model_id=self._expert, timings=timings)
+        marks = self._marks() if self.finish_reason else ()
+        return (*marks, self.usage, done)
 
-    def event(self, now: float) -> ExpertCalled:
-        """The fact for the log."""
+    def event(self, now: float, outcome: str | None = None) -> ExpertCalled:
+        """The fact for the log; *outcome* unless the engine or a cancellation ended the call."""
         usage = self.usage
         return ExpertCalled(
             turn=self._turn,
             expert=self._expert,
             branch=self._branch,
             attempt=self._attempt,
-            outcome=self.finish_reason or "cancelled",
+            outcome=outcome or self.finish_reason or "cancelled",
+            continued=None if self._way == "fresh" else self._way,
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
+            burnt_tokens=usage.burnt_tokens,
             started=self._started,
             first_token=self._first,
             ended=now,
         )
-
-
-def burnt(said: Sequence[Output]) -> int:
-    """How many pieces earlier attempts made that a new start throws away."""
-    return sum(isinstance(output, Token | ToolCalled) for output in said)
-
-
-def must_reset(said: Sequence[Output]) -> bool:
-    """Whether the client holds text of an earlier attempt that a new start must take back."""
-    last_text = max((n for n, output in enumerate(said) if isinstance(output, Token | ToolCalled)), default=-1)
-    last_reset = max((n for n, output in enumerate(said) if isinstance(output, Reset)), default=-1)
-    return last_text > last_reset

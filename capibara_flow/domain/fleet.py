@@ -54,10 +54,14 @@ class Expert(Part):
 
 
 class Rule(Part):
-    """Questions that match any of the *patterns* (regular expressions, case ignored) go to *expert*."""
+    """Questions that match any of the *patterns* (regular expressions, case ignored) go to *expert*.
+
+    Should it be out of reach, the experts of *then* take over, in this order.
+    """
 
     route: str
     expert: str
+    then: tuple[str, ...] = Field(default=(), max_length=16)
     patterns: tuple[str, ...] = Field(min_length=1)
 
     @field_validator("patterns")
@@ -76,11 +80,12 @@ class Rule(Part):
 
 
 class Fleet(Part):
-    """All experts; *default* answers what no rule claims (the first active expert when it is left out)."""
+    """All experts; *default* answers what no rule claims (the first active expert when it is left out), *then* takes over from it."""
 
     experts: tuple[Expert, ...] = Field(min_length=1)
     rules: tuple[Rule, ...] = ()
     default: str | None = None
+    then: tuple[str, ...] = Field(default=(), max_length=16)
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
@@ -92,7 +97,9 @@ class Fleet(Part):
         tokens = Counter(subject_token(expert.name) for expert in self.experts)
         if doubles := sorted(token for token, count in tokens.items() if count > 1):
             raise ValueError(f"names that differ only in punctuation: {', '.join(doubles)}")
-        for user, name in [("default", self.default), *((f"rule {rule.route}", rule.expert) for rule in self.rules)]:
+        named = [("default", self.default), *(("then", name) for name in self.then)]
+        named += [(f"rule {rule.route}", name) for rule in self.rules for name in (rule.expert, *rule.then)]
+        for user, name in named:
             if name is not None and name not in known:
                 raise ValueError(f"{user} names the unknown expert {name!r}; known are: {', '.join(sorted(known))}")
         if not any(expert.active for expert in self.experts):

@@ -48,6 +48,16 @@ def decide(request: ChatRequest, fleet: Fleet) -> Decision:
     return _decision(able[0], "default", 0.5, "no rule matches")
 
 
+def alternatives(request: ChatRequest, fleet: Fleet, decision: Decision) -> tuple[str, ...]:
+    """Who takes over, in order, should the chosen expert be out of reach: nobody from one that was named."""
+    if wants(request, fleet):
+        return ()
+    rule = next((each for each in fleet.rules if each.route == decision.route_name), None)
+    found = [fleet.find(name) for name in (rule.then if rule else fleet.then)]
+    able = [each.name for each in found if each and each.name != decision.model_id and not lacks(request, each)]
+    return tuple(dict.fromkeys(able))
+
+
 def plan(decision: Decision) -> Plan:
     """The stages that a decision leads to."""
     return Plan(steps=(Step(stage="caller", expert=decision.model_id),))

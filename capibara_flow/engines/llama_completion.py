@@ -38,7 +38,7 @@ class LlamaCompletion(HttpChat):
     @property
     def abilities(self) -> Abilities:
         """A template can always be left open; tools and images need the chat dialect."""
-        return Abilities(prefill=True, json_schema=True)
+        return Abilities(prefill=True, json_schema=True, max_tokens=self.expert.sampling.max_tokens or DEFAULTS.max_tokens)
 
     @property
     def chat_url(self) -> str:

@@ -34,7 +34,12 @@ class OllamaChat(HttpChat):
     @property
     def abilities(self) -> Abilities:
         """As configured; whether a prefill is continued depends on each model's template, so it is not promised."""
-        return Abilities(tools=self.expert.tools, images="image" in self.expert.modalities, json_schema=True)
+        return Abilities(
+            tools=self.expert.tools,
+            images="image" in self.expert.modalities,
+            json_schema=True,
+            max_tokens=self.expert.sampling.max_tokens,
+        )
 
     @property
     def chat_url(self) -> str:

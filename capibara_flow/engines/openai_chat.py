@@ -28,7 +28,13 @@ class OpenAIChat(HttpChat):
     @property
     def abilities(self) -> Abilities:
         """Tools and images as configured; prefill where both of its flags are known to work."""
-        return Abilities(tools=self.expert.tools, images="image" in self.expert.modalities, prefill=self._prefills, json_schema=True)
+        return Abilities(
+            tools=self.expert.tools,
+            images="image" in self.expert.modalities,
+            prefill=self._prefills,
+            json_schema=True,
+            max_tokens=self.expert.sampling.max_tokens,
+        )
 
     @property
     def chat_url(self) -> str:

@@ -5,11 +5,11 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from capibara_flow.errors import EngineBusy, EngineUnreachable
+from capibara_flow.errors import EngineBroke, EngineBusy, EngineUnreachable
 from capibara_flow.ports import Abilities, ChatEngine, Piece
 from topics.chat import ChatRequest
 
-#: How long a replica that could not be reached, or was busy, comes last.
+#: How long a replica that could not be reached, was busy, or broke an answer off, comes last.
 REST_SECONDS = 5.0
 
 
@@ -24,7 +24,7 @@ class _Replica:
 class Replicas:
     """A ``ports.ChatEngine`` over equal engines: the least busy one answers, the next one if it cannot even begin.
 
-    Once a piece has been yielded an error is the caller's: another replica would say something else.
+    Once a piece has been yielded an error is the caller's, who knows how to go on; it will be with another replica.
     """
 
     def __init__(self, engines: Sequence[ChatEngine], clock: Callable[[], float] = time.monotonic) -> None:
@@ -50,7 +50,7 @@ class Replicas:
                     async for piece in pieces:
                         begun = True
                         yield piece
-            except (EngineUnreachable, EngineBusy):
+            except (EngineUnreachable, EngineBusy, EngineBroke):
                 replica.rests_until = self._clock() + REST_SECONDS
                 if begun or not waiting:
                     raise

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from nats.aio.msg import Msg
 from capibara_flow import wiring
 from capibara_flow.domain.answering import Account
 from capibara_flow.domain.turns import turn_id
-from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy
-from capibara_flow.ports import Finish, Text, ToolFragment
+from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineUnreachable
+from capibara_flow.ports import Abilities, Finish, Text, ToolFragment
 from capibara_flow.runtime import connection
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.settings import Settings, WorkerSettings
@@ -25,12 +26,15 @@ from tests.conftest import settings_for
 from tests.fakes import FakeAnswer, FakeAnswers, FakeEngine, spoken
 from tests.waiting import until
 from topics.chat import CallExpert, ChatRequest
-from topics.output import Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage
+from topics.message import DEADLINE
+from topics.output import Continued, Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage
 from workers import caller
 
 TURN = turn_id(milliseconds=1, entropy=bytes(10), tenant="t")
 REQUEST = ChatRequest.model_validate({"messages": [{"role": "user", "content": "hello"}], "model": "ex.pert"})
 COMMAND = CallExpert(turn=TURN, expert="ex_pert", bucket=1, request=REQUEST)
+HALF = Token(turn=TURN, text="half")
+IN_AN_HOUR = {DEADLINE: f"{time.time() + 3600:.3f}"}
 ROUTED = Routed(turn=TURN, model_id="ex.pert", route_name="r", complexity="simple", confidence=1, reasoning="why")
 
 pytestmark = pytest.mark.timeout(60)
@@ -45,9 +49,9 @@ class Stand:
     stop: Callable[[], Awaitable[None]]
     heard: list[Msg] = field(default_factory=list)
 
-    async def call(self, **headers: str) -> None:
+    async def call(self, command: CallExpert = COMMAND, **headers: str) -> None:
         """Give the command; it is stored when this returns."""
-        await self.client.jetstream().publish(COMMAND.subject, COMMAND.model_dump_json().encode(), headers=headers or None)
+        await self.client.jetstream().publish(command.subject, command.model_dump_json().encode(), headers=headers or None)
 
     async def until(self, subject: str) -> list[dict[str, Any]]:
         """The bodies published on subjects that begin so, once there are any."""
@@ -74,12 +78,19 @@ Start = Callable[..., Awaitable[Stand]]
 async def start(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Start]:
     """Starts a caller with an engine and answers."""
     file = tmp_path / "fleet.toml"
-    file.write_text('[[experts]]\nname = "ex.pert"\nurls = ["http://127.0.0.1:9"]\n', encoding="utf-8")
+    experts = [f'[[experts]]\nname = "{name}"\nurls = ["http://127.0.0.1:9"]\n' for name in ("ex.pert", "other")]
+    file.write_text("".join(experts), encoding="utf-8")
     settings = settings_for(broker, file, worker=WorkerSettings(retry_seconds=0.01, max_deliver=3, graceful_seconds=1))
     await wiring.apply_streams(settings)
     async with AsyncExitStack() as stack:
 
-        async def started(engine: FakeEngine, answers: FakeAnswers, expert: str = "ex_pert") -> Stand:
+        async def started(
+            engine: FakeEngine,
+            answers: FakeAnswers,
+            expert: str = "ex_pert",
+            others: dict[str, FakeEngine] | None = None,
+            retry_seconds: float = 0.01,
+        ) -> Stand:
             observer = await stack.enter_async_context(wiring.connected(settings, "observer"))
             nats = connection.broker(settings, "caller")
             stand = Stand(settings, await stack.enter_async_context(wiring.connected(settings, "router")), nats.stop)
@@ -89,10 +100,11 @@ async def start(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Start]:
 
             await observer.subscribe("cf.log.>", cb=hear)
             await observer.subscribe("cf.dead.>", cb=hear)
+            await observer.subscribe("cf.out.>", cb=hear)
             await observer.flush()
             await nats.connect()
-            needs = {"answers": answers, "consumers": wiring.expert_consumers(settings), "retry_seconds": 0.01}
-            await caller.build(nats, engines={expert: engine}, clock=lambda: 5.0, **needs).start()
+            needs = {"answers": answers, "consumers": wiring.expert_consumers(settings), "retry_seconds": retry_seconds}
+            await caller.build(nats, engines={expert: engine, **(others or {})}, clock=lambda: 5.0, **needs).start()
             stack.push_async_callback(nats.stop)
             return stand
 
@@ -133,22 +145,106 @@ async def test_tool_calls_and_reasoning_pass_unchanged(start: Start) -> None:
     ]
 
 
+@pytest.mark.parametrize("headers", [{}, IN_AN_HOUR], ids=["delivered again", "tried again"])
 @pytest.mark.parametrize("after", [0, 1, 2])
-async def test_a_fault_is_tried_again_and_what_was_said_is_taken_back(start: Start, after: int) -> None:
+async def test_after_a_fault_an_engine_that_repeats_itself_is_heard_once(start: Start, after: int, headers: dict[str, str]) -> None:
     engine = FakeEngine(spoken("a", "b"), error=EngineBroke("broke"), fails_after=after, times=1)
     answers = FakeAnswers([ROUTED])
     stand = await start(engine, answers)
-    await stand.call()
+    await stand.call(**headers)
     await stand.until_settled()
     outputs = answers.outputs
     assert len(answers.opened) == engine.closings == 2
-    assert sum(isinstance(output, Reset) for output in outputs) == (1 if after else 0)
-    start_anew = next((n for n, output in enumerate(outputs) if isinstance(output, Reset)), -1) + 1
-    assert texts(outputs[start_anew:]) == ["a", "b"]
+    assert not any(isinstance(output, Reset) for output in outputs)
+    assert [output.how for output in outputs if isinstance(output, Continued)] == (["skip"] if after else [])
+    assert texts(outputs) == ["a", "b"]
     usage = outputs[-2]
     assert isinstance(usage, Usage)
-    assert (usage.attempts, usage.burnt_tokens) == (2, after)
+    assert (usage.attempts, usage.completion_tokens, usage.burnt_tokens) == (2, 2, 2 + after)
     assert isinstance(outputs[-1], Done)
+
+
+async def test_an_engine_that_can_goes_on_from_the_very_words(start: Start) -> None:
+    engine, answers = FakeEngine(spoken(" an", " answer"), abilities=Abilities(prefill=True, max_tokens=9)), FakeAnswers([ROUTED, HALF])
+    stand = await start(engine, answers)
+    await stand.call()
+    (event,) = await stand.until(f"cf.log.{TURN}.caller")
+    assert [(message.role, message.text) for message in engine.requests[0].messages] == [("user", "hello"), ("assistant", "half")]
+    assert engine.requests[0].sampling.max_tokens == 8
+    assert answers.outputs[:2] == [Continued(turn=TURN, how="prefill", expert="ex.pert", attempt=2), Token(turn=TURN, text=" an")]
+    assert (event["continued"], event["completion_tokens"], event["burnt_tokens"]) == ("prefill", 3, 3)
+
+
+async def test_an_answer_as_long_as_it_may_be_needs_no_engine_to_end(start: Start) -> None:
+    engine, answers = FakeEngine(abilities=Abilities(prefill=True, max_tokens=1)), FakeAnswers([ROUTED, HALF])
+    stand = await start(engine, answers)
+    await stand.call()
+    await stand.until_settled()
+    done = answers.outputs[-1]
+    assert isinstance(done, Done)
+    assert (engine.requests, texts(answers.outputs), done.finish_reason) == ([], [], "length")
+
+
+async def test_an_engine_that_refuses_to_go_on_says_all_again(start: Start) -> None:
+    engine = FakeEngine(
+        spoken("half", " an"), abilities=Abilities(prefill=True), error=BadRequest("prefill is incompatible with thinking"), times=1
+    )
+    answers = FakeAnswers([ROUTED, HALF])
+    stand = await start(engine, answers)
+    await stand.call()
+    await stand.until_settled()
+    assert [len(request.messages) for request in engine.requests] == [2, 1]
+    assert [type(output) for output in answers.outputs] == [Continued, Token, Usage, Done]
+    assert texts(answers.outputs) == [" an"]
+
+
+def passing(command: CallExpert) -> tuple[str, str | None, tuple[str, ...], int]:
+    return command.expert, command.request.model, command.alternatives, command.passed
+
+
+def test_a_call_goes_round() -> None:
+    first = COMMAND.model_copy(update={"alternatives": ("other one", "third")})
+    second = caller.passed_on(first)
+    assert passing(second) == ("other_one", "other one", ("third", "ex.pert"), 1)
+    assert passing(caller.passed_on(caller.passed_on(second))) == ("ex_pert", "ex.pert", ("other one", "third"), 3)
+    assert second.dedupe != first.dedupe
+
+
+async def test_the_next_expert_goes_on_when_one_is_out_of_reach(start: Start) -> None:
+    down = FakeEngine(spoken("half"), error=EngineUnreachable("down"), fails_after=1)
+    up, answers = FakeEngine(spoken("half", " an"), abilities=Abilities()), FakeAnswers([ROUTED])
+    stand = await start(down, answers, others={"other": up})
+    await stand.call(COMMAND.model_copy(update={"alternatives": ("other",)}), **IN_AN_HOUR)
+    await until(lambda: answers.outputs and answers.outputs[-1].final)
+    await stand.until_settled()
+    assert (len(down.requests), len(up.requests), up.requests[0].model) == (1, 1, "other")
+    assert texts(answers.outputs) == ["half", " an"]
+    done = answers.outputs[-1]
+    assert isinstance(done, Done)
+    assert done.model_id == "other"
+    events = [json.loads(each.data) for each in stand.heard if each.subject.startswith(f"cf.log.{TURN}.caller")]
+    assert [(event["expert"], event["outcome"]) for event in events] == [("ex.pert", "passed on: engine unreachable"), ("other", "stop")]
+
+
+async def test_an_engine_that_comes_back_before_the_deadline_is_waited_for(start: Start) -> None:
+    engine, answers = FakeEngine(spoken("a"), error=EngineUnreachable("it is down"), times=5), FakeAnswers([ROUTED])
+    stand = await start(engine, answers)
+    await stand.call(**IN_AN_HOUR)
+    await stand.until_settled()
+    assert len(engine.requests) == 6
+    assert texts(answers.outputs) == ["a"]
+    told = [json.loads(each.data) for each in stand.heard if each.subject == f"cf.out.{TURN}.data.main"]
+    assert {(each["event"], each["reason"]) for each in told} == {("waiting", "it is down")}
+
+
+async def test_an_engine_that_does_not_come_back_ends_the_turn_before_the_deadline(start: Start) -> None:
+    engine, answers = FakeEngine(error=EngineUnreachable("it is down")), FakeAnswers()
+    stand = await start(engine, answers, retry_seconds=1)
+    await stand.call(**{DEADLINE: f"{time.time() + 4:.3f}"})
+    await stand.until(f"cf.dead.{TURN}.caller")
+    failed = answers.outputs[-1]
+    assert isinstance(failed, Failed)
+    assert (failed.title, failed.detail) == ("engine unreachable", "it is down")
 
 
 async def test_a_lasting_fault_ends_the_turn_with_its_reason(start: Start) -> None:
@@ -197,8 +293,8 @@ async def test_an_answer_that_is_complete_is_not_given_twice(start: Start) -> No
     assert answers.outputs == []
 
 
-async def test_a_predecessor_that_died_in_mid_answer_is_taken_back(start: Start) -> None:
-    answers = FakeAnswers([ROUTED, Token(turn=TURN, text="half an")])
+async def test_a_predecessor_that_said_something_else_is_taken_back(start: Start) -> None:
+    answers = FakeAnswers([ROUTED, HALF])
     stand = await start(FakeEngine(spoken("whole")), answers)
     await stand.call()
     await stand.until_settled()
@@ -239,7 +335,7 @@ async def test_a_turn_that_was_cancelled_while_it_waited_says_nothing(start: Sta
     await stand.call()
     await stand.until_settled()
     assert [type(output) for output in answers.outputs] == [Usage, Done]
-    assert engine.closings == len(engine.requests)
+    assert engine.requests == []
 
 
 async def test_a_silent_engine_does_not_outlive_the_deadline(start: Start) -> None:
@@ -279,13 +375,13 @@ class Blocked(FakeAnswer):
 
 
 def account() -> Account:
-    return Account(turn=TURN, branch="main", expert="ex.pert", attempt=1, started=0.0, burnt=0)
+    return Account(turn=TURN, branch="main", expert="ex.pert", attempt=1, started=0.0)
 
 
 @pytest.mark.parametrize("most", [0, 1, 100])
 async def test_a_relay_that_is_cancelled_closes_the_engine_s_stream(most: int) -> None:
     engine, answer = FakeEngine(spoken("a", "b", "c"), hangs_after=3), Blocked(most)
-    relay = asyncio.create_task(caller._relay(engine.stream(REQUEST), account(), answer, lambda: 5.0))
+    relay = asyncio.create_task(caller.relay(engine.stream(REQUEST), account(), answer, lambda: 5.0))
     await (engine.silent if most == 100 else answer.full).wait()
     assert engine.closings == 0
     relay.cancel()
@@ -297,7 +393,7 @@ async def test_a_relay_that_is_cancelled_closes_the_engine_s_stream(most: int) -
 
 async def test_a_relay_that_is_cancelled_before_it_begins_asks_nobody(recwarn: pytest.WarningsRecorder) -> None:
     engine = FakeEngine()
-    relay = asyncio.create_task(caller._relay(engine.stream(REQUEST), account(), FakeAnswer(), lambda: 5.0))
+    relay = asyncio.create_task(caller.relay(engine.stream(REQUEST), account(), FakeAnswer(), lambda: 5.0))
     relay.cancel()
     with pytest.raises(asyncio.CancelledError):
         await relay

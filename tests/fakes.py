@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from capibara_flow.errors import LeaseLost
+from capibara_flow.errors import KeyReused, LeaseLost
 from capibara_flow.ports import Abilities, Batch, Finish, Identity, Piece, Take, Tally, Text
 from topics.chat import ChatRequest, RouteTurn
 from topics.output import Output
@@ -116,6 +116,13 @@ class FakeAnswers:
         finally:
             said += answer.outputs
 
+    async def stopping(self, turn: str) -> bool:
+        return self._cancelled
+
+    async def ended(self, turn: str, branch: str) -> bool:
+        said = self._said[turn, branch]
+        return bool(said) and said[-1].final
+
     @property
     def outputs(self) -> list[Output]:
         """Everything that was written, over all openings."""
@@ -140,27 +147,40 @@ class FakeTurns:
     """``ports.Turns`` in memory: a turn answers with *script*, a list of what is stored together; sequences begin at 11.
 
     *refusal* is raised instead of accepting a turn; *breaks* is raised by the feed after the script; without either,
-    a feed whose script has no final output waits for ever.
+    a feed whose script has no final output waits for ever. *gone* is raised instead of following, *erased* is how many messages
+    there are to erase, or the reason why nobody does.
     """
 
     def __init__(self, *script: Iterable[Output], refusal: Exception | None = None, breaks: Exception | None = None) -> None:
         self.script = [tuple(outputs) for outputs in script]
         self.refusal = refusal
         self.breaks = breaks
+        self.gone: Exception | None = None
+        self.erased: int | Exception = 0
         self.opened: list[tuple[RouteTurn, Identity, float]] = []
+        self.attended: set[str] = set()
+        self.followed: list[tuple[str, int]] = []
+        self.keys: dict[str, tuple[str, str]] = {}
         self.cancelled: list[str] = []
         self.stored: set[str] = set()
         self.missing: dict[str, str] = {}
         self.closed = 0
 
-    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> "FakeFeed":
+    async def open(self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False) -> "FakeFeed":
         if self.refusal:
             raise self.refusal
         self.opened.append((command, identity, deadline))
         self.stored.add(command.turn)
-        return await self.follow(command.turn)
+        self.attended |= {command.turn} if attended else set()
+        return self._feed(command.turn)
 
     async def follow(self, turn: str, after: int = 0) -> "FakeFeed":
+        if self.gone:
+            raise self.gone
+        self.followed.append((turn, after))
+        return self._feed(turn, after)
+
+    def _feed(self, turn: str, after: int = 0) -> "FakeFeed":
         return FakeFeed(self._batches(turn, min(after, 9 + len(self.script))))
 
     async def _batches(self, turn: str, after: int) -> AsyncGenerator[Sequence[Batch], None]:
@@ -176,11 +196,23 @@ class FakeTurns:
         finally:
             self.closed += 1
 
+    async def claim(self, key: str, digest: str, turn: str) -> str:
+        owner, known = self.keys.setdefault(key, (turn, digest))
+        if known != digest:
+            raise KeyReused("this Idempotency-Key came with another request before")
+        return owner
+
     async def exists(self, turn: str) -> bool:
         return turn in self.stored
 
     async def cancel(self, turn: str, reason: str) -> None:
         self.cancelled.append(turn)
+
+    async def erase(self, turn: str) -> int:
+        if isinstance(self.erased, Exception):
+            raise self.erased
+        self.stored.discard(turn)
+        return self.erased
 
     async def ready(self) -> dict[str, str]:
         return self.missing

@@ -17,7 +17,7 @@ from capibara_flow.runtime.client import TokenClient, status
 from capibara_flow.runtime.lease import WRONG_SEQUENCE, Lease
 from capibara_flow.runtime.output import everything, fits, last_message
 from capibara_flow.telemetry import log
-from topics.output import Output, parse
+from topics.output import FINALS, Output, event_of, parse
 
 _MAX_BATCH = 256 * 1024  # bytes; the broker's default limit of a message is 1 MiB
 _PATIENCE = 15.0  # seconds that an answer waits for the broker: an election of a new leader takes 5
@@ -136,8 +136,8 @@ class FencedAnswer:
 
     @property
     def stuck(self) -> bool:
-        """Whether an acknowledgement is overdue."""
-        return self._flying is not None and self._hub.now() - self._since > _STUCK
+        """Whether an acknowledgement is overdue, or may have been lost with the connection."""
+        return self._flying is not None and (self.unsure or self._hub.now() - self._since > _STUCK)
 
     async def look_again(self) -> None:
         """No acknowledgement for long: see whether the batch was stored, and publish it again if it was not."""
@@ -213,9 +213,16 @@ class FencedAnswers:
             self._open.discard(answer)
             answer.close()
 
+    async def stopping(self, turn: str) -> bool:
+        return await last_message(self.client, f"cf.ctl.{turn}.cancel", stream="CF_CTL") is not None
+
+    async def ended(self, turn: str, branch: str) -> bool:
+        last = await last_message(self.client, f"cf.out.{turn}.data.{branch}")
+        return last is not None and event_of(last.data.rsplit(b"\n", 1)[-1]) in FINALS
+
     async def _look_for_cancel(self, answer: FencedAnswer) -> None:
         """Whether somebody asked for it when we could not hear."""
-        if await last_message(self.client, f"cf.ctl.{answer.turn}.cancel", stream="CF_CTL"):
+        if await self.stopping(answer.turn):
             answer.cancel()
         answer.unsure = False
 

@@ -1,14 +1,14 @@
-"""A hop of the map becomes a subscription and a ``say``; every message is heartbeaten, timed and settled here.
+"""A hop of the map becomes a subscription and a ``say``.
 
 The subscriber is FastStream's, with its decoding, validation, middlewares and AsyncAPI; only the way that it fetches is ours
 (``Pump``), because FastStream's own loop takes more messages than it has hands and spins when its consumer is gone.
 """
 
 import asyncio
+import functools
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextvars import ContextVar
-from types import TracebackType
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from faststream import AckPolicy, BaseMiddleware, ContextRepo
@@ -20,59 +20,65 @@ from nats.js.api import ConsumerConfig
 from nats.js.errors import APIError
 from pydantic import ValidationError
 
-from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, LeaseLost, Terminal, TurnExpired
+from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, LeaseLost, Transient
 from capibara_flow.ports import Answers
+from capibara_flow.runtime import work
 from capibara_flow.runtime.output import fits, publish_once
 from capibara_flow.runtime.provision import ensure_consumer, ensure_stream
 from capibara_flow.runtime.pump import Pump
-from capibara_flow.telemetry import SETTLED, STAGE_SECONDS, log
+from capibara_flow.runtime.settling import Settle
+from capibara_flow.telemetry import log
 from topics.chat import TurnFailed
 from topics.flow import Hop
-from topics.message import DEADLINE, PRINCIPAL, TENANT, TRACE, Command, Message
-from topics.output import Failed, Output
+from topics.message import Command, Message, Part, Request, Signal
+from topics.output import Failed, Output, Waiting
 from topics.streams import Consumer, Layout
 
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[None]])
 
-_CARRIED = (TENANT, PRINCIPAL, DEADLINE, TRACE)
-_work: ContextVar[Msg] = ContextVar("work")
-
-
-def carried() -> dict[str, str]:
-    """The headers of the message at work that everything said about its turn carries on."""
-    headers: Mapping[str, str] = _work.get().headers or {}
-    return {name: headers[name] for name in _CARRIED if name in headers}
-
-
-def tenant() -> str:
-    """Whose turn is at work."""
-    return carried().get(TENANT, "")
-
-
-def attempt() -> int:
-    """How often the message at work has been delivered, this time included."""
-    return int(_work.get().metadata.num_delivered)
+_REQUESTS = 16  # replied to at once
 
 
 class Stage:
     """A worker's place at the broker: what it takes, how it says, how its failures end."""
 
-    def __init__(self, broker: NatsBroker, hop: Hop, answers: Answers, *, layout: Layout | None = None, retry_seconds: float = 2.0) -> None:
+    def __init__(
+        self,
+        broker: NatsBroker,
+        hop: Hop,
+        answers: Answers,
+        *,
+        layout: Layout | None = None,
+        retry_seconds: float = 2.0,
+        patience_seconds: float | None = None,
+    ) -> None:
         self.hop = hop
         self._broker = broker
         self._answers = answers
         self._layout = layout or Layout()
         self._retry_seconds = retry_seconds
+        self._patience_seconds = patience_seconds
         self._consumers: dict[str, Consumer] = {}
         broker.add_middleware(self._settling)
         for message in hop.speaks:
             broker.publisher(message.pattern, schema=message, title=message.__name__)
 
-    def _settling(self, message: Any, /, *, context: ContextRepo) -> "Settle":
-        return Settle(message, self, context=context)
+    def _settling(self, message: Any, /, *, context: ContextRepo) -> BaseMiddleware[Any, Any]:
+        if isinstance(message, Msg) and message.reply.startswith("$JS.ACK."):
+            return Settle(message, self, context=context)
+        return BaseMiddleware(message, context=context)  # a request: it waits for its reply, and nobody brings it again
+
+    def serves(self, request: type[Request]) -> Callable[[Callable[..., Awaitable[Part]]], object]:
+        """Let a handler reply to *request*, one process of all that serve it."""
+        if request not in self.hop.serves:
+            raise TypeError(f"{self.hop.worker} does not serve {request.__name__}: topics.flow does not list it")
+        return self._broker.subscriber(request.pattern, queue=self.hop.worker, max_workers=_REQUESTS, title=request.__name__)
 
     def takes(self, consumer: Consumer, *, permits: int) -> Callable[[Handler], Handler]:
-        """Subscribe a handler of the hop's command to *consumer*, *permits* messages at once."""
+        """Subscribe a handler of the hop's command to *consumer*, *permits* messages at once.
+
+        What goes wrong for a while is tried again here, so that deliveries count only the attempts that processes did not survive.
+        """
         subscriber = self._broker.subscriber(
             self.hop.consumes.pattern if consumer.filter == self.hop.consumes.subjects() else consumer.filter,
             stream=JStream(consumer.stream, declare=False),
@@ -86,9 +92,55 @@ class Stage:
         )
         self._consumers[consumer.filter] = consumer
         _pump_instead(subscriber, consumer, permits, self._layout, self._broker.config.graceful_timeout or 0)
-        return subscriber  # type: ignore[return-value]  # FastStream wraps the handler; callers use it as a decorator only
 
-    async def _understand(self, message: StreamMessage[Msg]) -> Command:
+        def subscribe(handler: Handler) -> Handler:
+            subscriber(self._patient(handler))
+            return handler
+
+        return subscribe
+
+    def _patient(self, handler: Callable[..., Awaitable[None]]) -> Callable[[Message], Awaitable[None]]:
+        """*handler*, tried again after transient errors: at once, then with pauses, as long as this delivery's share of the time lasts."""
+
+        @functools.wraps(handler)
+        async def patient(command: Message) -> None:
+            until = time.monotonic() + self._patience()
+            while True:
+                began = time.monotonic()
+                try:
+                    return await handler(command)
+                except LeaseLost:
+                    raise
+                except Transient as error:
+                    # An attempt that lasted has come somewhere: the next one goes on from there without a pause.
+                    lasted = work.tries() == 0 or time.monotonic() - began > self._retry_seconds
+                    pause = 0.0 if lasted else self._retry_seconds
+                    if time.monotonic() + pause >= until:
+                        raise
+                    await self._wait(command, error, pause)
+
+        return patient
+
+    def _patience(self) -> float:
+        """The share of the time left to a turn that one delivery may take: others may reach what this process cannot."""
+        left = work.seconds_left()
+        if left is None:
+            return 0.0
+        share = left / max(1, self.consumer_of(work.message()).max_deliver - work.deliveries() + 1)
+        return share if self._patience_seconds is None else min(share, self._patience_seconds)
+
+    async def _wait(self, command: Message, error: Transient, pause: float) -> None:
+        """Let *pause* seconds pass before the next try, and the client know what it waits for."""
+        work.try_again(error)
+        log.warning("work_tried_again", stage=self.hop.worker, turn=command.turn, error=repr(error), pause=pause)
+        with suppress(CapibaraError, NatsError, APIError, TimeoutError):  # what the broker refuses now, the next try meets again
+            if isinstance(error, BrokerUnavailable):
+                await self.restore()
+            elif pause:
+                await self.say(Waiting(turn=command.turn, reason=str(error), attempt=work.attempt()))
+        await asyncio.sleep(pause)
+
+    async def _understand(self, message: StreamMessage[Msg]) -> Message:
         """The command that *message* carries; raises ``BadRequest``."""
         try:
             return self.hop.consumes.read(message.body)
@@ -112,9 +164,9 @@ class Stage:
             raise faults[0]
 
     async def _publish(self, message: Message) -> None:
-        headers = {"Nats-Msg-Id": message.dedupe, "content-type": "application/json", **carried()}
+        headers = {"Nats-Msg-Id": message.dedupe, "content-type": "application/json", **work.carried()}
         body = message.line() if isinstance(message, Output) else message.model_dump_json(exclude_none=True).encode()
-        if not isinstance(message, Command | Output):
+        if not isinstance(message, Command | Signal | Output):
             # A fact for the log: the turn does not wait for it, and a switched-off log is no fault.
             await self._broker.publish(body, message.subject, headers=headers)
             return
@@ -133,7 +185,7 @@ class Stage:
         turn = message.subject.split(".")[2]
         failed = Failed(turn=turn, title=error.title, status=error.status, detail=str(error), retryable=error.retryable)
         async with self._answers.open(turn, "main") as answer:
-            if not (answer.said and answer.said[-1].final):
+            if not any(output.final for output in answer.said):
                 await answer.finish(failed)
         body = message.data.decode("utf-8", "replace")
         dead = TurnFailed(turn=turn, stage=self.hop.worker, title=error.title, detail=str(error), body=body)
@@ -141,7 +193,7 @@ class Stage:
         connection = self._broker.config.connection_state.connection
         if not fits(connection, line):  # what just fitted as it was does not as a string inside JSON
             line = dead.model_copy(update={"body": body[: connection.max_payload // 8]}).model_dump_json().encode()
-        headers = {"Nats-Msg-Id": f"{dead.dedupe}:{dead.stage}", "content-type": "application/json", **carried()}
+        headers = {"Nats-Msg-Id": f"{dead.dedupe}:{dead.stage}", "content-type": "application/json", **work.carried()}
         await self._store(dead.subject, line, headers)
 
     async def restore(self) -> None:
@@ -188,96 +240,3 @@ def _pump_instead(subscriber: Any, consumer: Consumer, permits: int, layout: Lay
 
     subscriber._create_subscription = create
     subscriber.stop = stop_pulling_first
-
-
-class Settle(BaseMiddleware[Any, Any]):
-    """Around every work message: a heartbeat while it is worked on, and one of ack, nak or term at the end."""
-
-    __slots__ = ("_beat", "_stage", "_started")
-
-    def __init__(self, message: Any, stage: Stage, /, *, context: ContextRepo) -> None:
-        super().__init__(message, context=context)
-        self._stage = stage
-
-    async def on_receive(self) -> None:
-        _work.set(self.msg)
-        self._started = time.perf_counter()
-        interval = self._stage.consumer_of(self.msg).ack_wait / 3
-        self._beat = asyncio.create_task(_heartbeat(self.msg, interval))
-
-    async def consume_scope(self, call_next: Callable[[Any], Awaitable[Any]], msg: Any) -> Any:
-        if attempt() > self._stage.consumer_of(self.msg).max_deliver:
-            raise CapibaraError("nobody who tried came to an end")
-        deadline = (self.msg.headers or {}).get(DEADLINE)
-        left = None if deadline is None else float(deadline) - time.time()
-        if left is not None and left <= 0:
-            raise TurnExpired("the turn's deadline passed before its work began")
-        scope = asyncio.timeout(left)
-        try:
-            async with scope:
-                return await call_next(msg)
-        except TimeoutError as error:
-            if scope.expired():
-                raise TurnExpired("the turn's deadline passed before its work was done") from error
-            raise
-
-    async def after_processed(
-        self,
-        exc_type: type[BaseException] | None = None,
-        exc_val: BaseException | None = None,
-        exc_tb: TracebackType | None = None,
-    ) -> bool | None:
-        try:
-            how = await self._settle(exc_val)
-        except (CapibaraError, NatsError, TimeoutError) as error:
-            # Nothing is settled: the message comes again when its time is up.
-            how = "unsettled"
-            log.warning("work_unsettled", stage=self._stage.hop.worker, subject=self.msg.subject, error=repr(error))
-        finally:
-            self._beat.cancel()
-        stage = self._stage.hop.worker
-        SETTLED.labels(stage, how).inc()
-        STAGE_SECONDS.labels(stage).observe(time.perf_counter() - self._started)
-        return not isinstance(exc_val, asyncio.CancelledError)
-
-    async def _settle(self, error: BaseException | None) -> str:
-        if error is None:
-            await self.msg.ack()  # unconfirmed: should it get lost, the work comes again and finds itself done
-            return "done"
-        if isinstance(error, asyncio.CancelledError):
-            await self.msg.nak()  # we are being stopped: somebody else may start at once
-            return "handed_over"
-        final = _as_final(error, last=attempt() >= self._stage.consumer_of(self.msg).max_deliver)
-        facts = {"stage": self._stage.hop.worker, "subject": self.msg.subject, "error": repr(error), "final": final is not None}
-        log.warning("work_failed", **facts, exc_info=None if isinstance(error, CapibaraError) else error)
-        if isinstance(error, LeaseLost):
-            # Somebody else has this very message at work: if he falls silent it comes again by itself, but not for our asking.
-            return "overtaken"
-        if isinstance(error, BrokerUnavailable):
-            await self._stage.restore()
-        if final is None:
-            await self.msg.nak(delay=self._stage.retry_seconds)
-            return "again"
-        await self._stage.give_up(self.msg, final)
-        await self.msg.term()
-        return "given_up"
-
-
-def _as_final(error: BaseException, *, last: bool) -> CapibaraError | None:
-    """The error to end the turn with, or none when the message shall come again."""
-    if isinstance(error, LeaseLost):
-        return None  # whoever took the lease will end the turn
-    if isinstance(error, Terminal):
-        return error
-    if not last:
-        return None
-    return error if isinstance(error, CapibaraError) else CapibaraError("an unexpected fault; the log has the details")
-
-
-async def _heartbeat(message: Msg, interval: float) -> None:
-    while True:
-        await asyncio.sleep(interval)
-        try:
-            await message.in_progress()
-        except NatsError as error:
-            log.warning("heartbeat_failed", subject=message.subject, error=repr(error))

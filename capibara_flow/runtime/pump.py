@@ -48,6 +48,7 @@ class Pump:
         self._running = False
         self._heard = 0.0
         self._jobs: set[asyncio.Task[None]] = set()
+        self._at_work: set[int] = set()
         self._subscription: Subscription | None = None
         self._watchdog: asyncio.Task[None] | None = None
         self._renewal: asyncio.Task[None] | None = None
@@ -96,7 +97,7 @@ class Pump:
         status = headers.get("Status")
         if status is None or message.reply.startswith("$JS.ACK"):
             if self._running:
-                self._take(message)
+                await self._take(message)
             else:
                 await message.nak()  # it came to a closing door: somebody else may have it at once
         elif status == "408":  # the request expired: some of what we asked for did not come
@@ -106,17 +107,25 @@ class Pump:
         elif status != "100":  # 503, 404, 409: the consumer, its stream or its leader is gone, or the broker leaves
             self._renew_soon()
 
-    def _take(self, message: Msg) -> None:
+    async def _take(self, message: Msg) -> None:
         self._asked = max(0, self._asked - 1)
+        sequence = message.metadata.sequence.stream
+        if sequence in self._at_work:
+            # This process was paused for longer than the broker waits. What it was doing it goes on with, and settles.
+            log.info("work_goes_on", durable=self._durable, subject=message.subject)
+            await self._ask()
+            return
         self._free -= 1
-        job = asyncio.create_task(self._work(message))
+        self._at_work.add(sequence)
+        job = asyncio.create_task(self._work(message, sequence))
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)
 
-    async def _work(self, message: Msg) -> None:
+    async def _work(self, message: Msg, sequence: int) -> None:
         try:
             await self._handle(message)
         finally:
+            self._at_work.discard(sequence)
             self._free += 1
             if self._client.is_connected:
                 with suppress(NatsError):  # the watchdog sees that nobody asks

@@ -112,12 +112,13 @@ class Rig:
         ack_wait: float = 30,
         max_deliver: int = 4,
         retry_seconds: float = 0.1,
+        patience_seconds: float | None = None,
         layout: Layout | None = None,
     ) -> AsyncIterator[Stage]:
         """A router whose handler *build* makes, for the length of a block; leaving it stops it in order."""
         broker = connection.broker(self.settings, "router")
         hub = await self.answers(await self.client("router"))
-        stage = Stage(broker, hop("router"), hub, layout=layout, retry_seconds=retry_seconds)
+        stage = Stage(broker, hop("router"), hub, layout=layout, retry_seconds=retry_seconds, patience_seconds=patience_seconds)
         consumer = replace(router_consumer(), ack_wait=ack_wait, max_deliver=max_deliver)
         stage.takes(consumer, permits=permits)(build(stage))
         await broker.start()

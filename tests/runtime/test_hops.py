@@ -14,14 +14,15 @@ from nats.js.errors import NotFoundError
 
 from capibara_flow.errors import BadRequest, EngineBusy, LeaseLost
 from capibara_flow.runtime import connection
-from capibara_flow.runtime.hops import Stage, attempt, carried, tenant
+from capibara_flow.runtime.hops import Stage
 from capibara_flow.runtime.pump import Pump
+from capibara_flow.runtime.work import attempt, carried, deliveries, tenant, tries
 from tests.runtime.rig import QUESTION, Rig
 from tests.waiting import until
 from topics.chat import CallExpert, ChatRequest, RouteTurn, TurnFailed
 from topics.flow import hop
 from topics.message import DEADLINE, PRINCIPAL, TENANT, TRACE
-from topics.output import Done, Failed, Output, Reset, Token
+from topics.output import Done, Failed, Output, Reset, Token, Waiting
 from topics.streams import Layout, router_consumer
 
 Deed = Callable[[Stage, RouteTurn], Awaitable[None]]
@@ -87,6 +88,62 @@ async def test_a_transient_error_brings_the_message_back_after_the_delay(rig: Ri
     assert work.attempts == [1, 2, 3]
     assert all(later - earlier >= 0.29 for earlier, later in zip(work.times, work.times[1:], strict=False))
     assert await outputs(rig, "T1") == []
+
+
+def within(seconds: float) -> dict[str, str]:
+    """The header of a turn that has so many seconds left."""
+    return {DEADLINE: f"{time.time() + seconds:.3f}"}
+
+
+async def test_with_time_left_a_transient_error_is_tried_again_here_and_costs_no_delivery(rig: Rig):
+    seen: list[tuple[int, int]] = []
+
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        seen.append((deliveries(), tries()))
+        if len(seen) < 8:
+            raise EngineBusy("later")
+
+    async with rig.routing(Work(deed).build, retry_seconds=0.05, max_deliver=2):
+        await rig.ask("T1", headers=within(600))
+        await settled(rig)
+    assert seen == [(1, number) for number in range(8)]
+    waits = [output for output in await outputs(rig, "T1") if isinstance(output, Waiting)]
+    assert [(each.reason, each.attempt) for each in waits] == [("later", number) for number in range(3, 9)]  # the first try was at once
+    assert await rig.dead("T1") == []
+
+
+async def test_each_delivery_has_its_share_of_the_time_and_the_last_one_tells_the_reason(rig: Rig):
+    seen: list[int] = []
+
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        seen.append(deliveries())
+        raise EngineBusy("still busy")
+
+    async with rig.routing(Work(deed).build, retry_seconds=0.1, max_deliver=2):
+        await rig.ask("T1", headers=within(2))
+        await settled(rig)
+    assert set(seen) == {1, 2}
+    assert min(seen.count(1), seen.count(2)) > 1
+    failed = (await outputs(rig, "T1"))[-1]
+    assert isinstance(failed, Failed)
+    assert (failed.title, failed.detail) == ("engine busy", "still busy")
+
+
+async def test_whoever_has_no_patience_leaves_the_next_try_to_others(rig: Rig):
+    work = Work(raising(EngineBusy("later"), until_attempt=4))
+    async with rig.routing(work.build, retry_seconds=0.05, patience_seconds=0):
+        await rig.ask("T1", headers=within(600))
+        await settled(rig)
+    assert work.attempts == [1, 2, 3, 4]
+    assert await outputs(rig, "T1") == []
+
+
+async def test_a_lost_lease_is_not_fought_for(rig: Rig):
+    work = Work(raising(LeaseLost("somebody else")))
+    async with rig.routing(work.build):
+        await rig.ask("T1", headers=within(600))
+        await until(lambda: work.attempts)
+    assert work.attempts == [1]
 
 
 async def test_a_terminal_error_ends_the_turn(rig: Rig):

@@ -278,3 +278,25 @@ async def test_provisioning_is_tried_until_it_works(rig: Rig, hands: Hands, pump
     await asyncio.to_thread(rig.broker.restart)
     await rig.ask("T1")
     await until(lambda: hands.done == ["T1"])
+
+
+async def test_what_comes_again_while_it_is_at_work_here_is_not_begun_again(rig: Rig, hands: Hands, pumping: Started):
+    """As after a pause of the whole process: the broker gave the message to somebody else, and that was the same process."""
+    await pumping(ack_wait=0.5)
+    await rig.ask("T1")
+    await until(lambda: hands.running)
+
+    async def came_again() -> bool:
+        info = await rig.admin.consumer_info("CF_WORK_ROUTER", "router")
+        return bool(info.num_redelivered and info.delivered.consumer_seq > 2)
+
+    await until(came_again)
+    hands.release.set()
+
+    async def settled() -> bool:
+        return await rig.waiting() == 0
+
+    await until(settled)
+    assert hands.done == ["T1"]
+    await rig.ask("T2")
+    await until(lambda: hands.done == ["T1", "T2"])

@@ -1,0 +1,133 @@
+"""How work ends at the broker: every message is heartbeaten while it is worked on, timed, and settled once."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Protocol
+
+from faststream import BaseMiddleware, ContextRepo
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+
+from capibara_flow.errors import BrokerUnavailable, CapibaraError, LeaseLost, Terminal, TurnExpired
+from capibara_flow.runtime import work
+from capibara_flow.telemetry import SETTLED, STAGE_SECONDS, log
+from topics.flow import Hop
+from topics.streams import Consumer
+
+
+class Place(Protocol):
+    """What settling needs of a stage."""
+
+    hop: Hop
+
+    @property
+    def retry_seconds(self) -> float:
+        """How long a message waits before it comes again after a transient error."""
+        ...
+
+    def consumer_of(self, message: Msg) -> Consumer:
+        """The consumer that *message* came by."""
+        ...
+
+    async def restore(self) -> None:
+        """Create the streams that every turn needs, should they have disappeared."""
+        ...
+
+    async def give_up(self, message: Msg, error: CapibaraError) -> None:
+        """End the turn and keep the command."""
+        ...
+
+
+class Settle(BaseMiddleware[Any, Any]):
+    """Around every work message: a heartbeat while it is worked on, and one of ack, nak or term at the end."""
+
+    __slots__ = ("_beat", "_stage", "_started")
+
+    def __init__(self, message: Any, stage: Place, /, *, context: ContextRepo) -> None:
+        super().__init__(message, context=context)
+        self._stage = stage
+
+    async def on_receive(self) -> None:
+        work.begin(self.msg)
+        self._started = time.perf_counter()
+        interval = self._stage.consumer_of(self.msg).ack_wait / 3
+        self._beat = asyncio.create_task(_heartbeat(self.msg, interval))
+
+    async def consume_scope(self, call_next: Callable[[Any], Awaitable[Any]], msg: Any) -> Any:
+        if work.deliveries() > self._stage.consumer_of(self.msg).max_deliver:
+            raise CapibaraError("nobody who tried came to an end")
+        left = work.seconds_left()
+        if left is not None and left <= 0:
+            raise TurnExpired("the turn's deadline passed before its work began")
+        scope = asyncio.timeout(left)
+        try:
+            async with scope:
+                return await call_next(msg)
+        except TimeoutError as error:
+            if scope.expired():
+                because = f"; the last trouble was: {work.trouble()}" if work.trouble() else ""
+                raise TurnExpired(f"the turn's deadline passed before its work was done{because}") from error
+            raise
+
+    async def after_processed(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc_val: BaseException | None = None,
+        exc_tb: TracebackType | None = None,
+    ) -> bool | None:
+        try:
+            how = await self._settle(exc_val)
+        except (CapibaraError, NatsError, TimeoutError) as error:
+            # Nothing is settled: the message comes again when its time is up.
+            how = "unsettled"
+            log.warning("work_unsettled", stage=self._stage.hop.worker, subject=self.msg.subject, error=repr(error))
+        finally:
+            self._beat.cancel()
+        stage = self._stage.hop.worker
+        SETTLED.labels(stage, how).inc()
+        STAGE_SECONDS.labels(stage).observe(time.perf_counter() - self._started)
+        return not isinstance(exc_val, asyncio.CancelledError)
+
+    async def _settle(self, error: BaseException | None) -> str:
+        if error is None:
+            await self.msg.ack()  # unconfirmed: should it get lost, the work comes again and finds itself done
+            return "done"
+        if isinstance(error, asyncio.CancelledError):
+            await self.msg.nak()  # we are being stopped: somebody else may start at once
+            return "handed_over"
+        final = _as_final(error, last=work.deliveries() >= self._stage.consumer_of(self.msg).max_deliver)
+        facts = {"stage": self._stage.hop.worker, "subject": self.msg.subject, "error": repr(error), "final": final is not None}
+        log.warning("work_failed", **facts, exc_info=None if isinstance(error, CapibaraError) else error)
+        if isinstance(error, LeaseLost):
+            # Somebody else has this very message at work: if he falls silent it comes again by itself, but not for our asking.
+            return "overtaken"
+        if isinstance(error, BrokerUnavailable):
+            await self._stage.restore()
+        if final is None:
+            await self.msg.nak(delay=self._stage.retry_seconds)
+            return "again"
+        await self._stage.give_up(self.msg, final)
+        await self.msg.term()
+        return "given_up"
+
+
+def _as_final(error: BaseException, *, last: bool) -> CapibaraError | None:
+    """The error to end the turn with, or none when the message shall come again."""
+    if isinstance(error, LeaseLost):
+        return None  # whoever took the lease will end the turn
+    if isinstance(error, Terminal):
+        return error
+    if not last:
+        return None
+    return error if isinstance(error, CapibaraError) else CapibaraError("an unexpected fault; the log has the details")
+
+
+async def _heartbeat(message: Msg, interval: float) -> None:
+    while True:
+        await asyncio.sleep(interval)
+        try:
+            await message.in_progress()
+        except NatsError as error:
+            log.warning("heartbeat_failed", subject=message.subject, error=repr(error))

@@ -1,0 +1,67 @@
+"""The message at work: what every stage and all that it calls may want to know of it."""
+
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+
+from nats.aio.msg import Msg
+
+from topics.message import DEADLINE, PRINCIPAL, TENANT, TRACE
+
+_CARRIED = (TENANT, PRINCIPAL, DEADLINE, TRACE)
+_work: ContextVar[Msg] = ContextVar("work")
+_tries: ContextVar[int] = ContextVar("tries", default=0)
+_trouble: ContextVar[str] = ContextVar("trouble", default="")
+
+
+def begin(message: Msg) -> None:
+    """From here on *message* is at work in this task, and in those that it starts."""
+    _work.set(message)
+
+
+def message() -> Msg:
+    """The message at work."""
+    return _work.get()
+
+
+def try_again(error: Exception) -> None:
+    """Note that this delivery has failed with *error*, and is tried once more."""
+    _tries.set(tries() + 1)
+    _trouble.set(str(error))
+
+
+def trouble() -> str:
+    """What the last try of this delivery failed with, or nothing."""
+    return _trouble.get()
+
+
+def carried() -> dict[str, str]:
+    """The headers of the message at work that everything said about its turn carries on."""
+    headers: Mapping[str, str] = _work.get().headers or {}
+    return {name: headers[name] for name in _CARRIED if name in headers}
+
+
+def tenant() -> str:
+    """Whose turn is at work."""
+    return carried().get(TENANT, "")
+
+
+def deliveries() -> int:
+    """How often the message at work has been delivered, this time included."""
+    return int(_work.get().metadata.num_delivered)
+
+
+def tries() -> int:
+    """How often this delivery has been tried before."""
+    return _tries.get()
+
+
+def attempt() -> int:
+    """How often the work at hand has been begun, as far as this process knows, this time included."""
+    return deliveries() + tries()
+
+
+def seconds_left() -> float | None:
+    """Until the deadline of the message at work, if it has one."""
+    deadline = (_work.get().headers or {}).get(DEADLINE)
+    return None if deadline is None else float(deadline) - time.time()

@@ -1,0 +1,64 @@
+"""Turns that nobody reads any more: the broker tells when the lease of a turn's readers runs out.
+
+The lease is a key of a bucket, with a time to live that doors renew while they have a reader (NATS ADR-43). When it runs out the broker
+leaves a marker in its place, and so tells even of readers whose door was killed.
+"""
+
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError
+
+from capibara_flow.errors import BrokerUnavailable
+from capibara_flow.runtime.client import TokenClient
+from capibara_flow.runtime.output import last_message
+from capibara_flow.runtime.provision import ensure_consumer, ensure_stream
+from capibara_flow.runtime.pump import Pump
+from capibara_flow.telemetry import log
+from topics.chat import CancelTurn
+from topics.streams import READERS, Layout, absence_consumer, reader_key
+
+_MARKER = "Nats-Marker-Reason"
+_PERMITS = 256
+
+
+class Absences:
+    """Cancels turns whose readers have been gone for too long; several processes share the work."""
+
+    def __init__(self, client: TokenClient, layout: Layout) -> None:
+        self._client = client
+        self._jetstream = client.jetstream()
+        self._layout = layout
+        consumer = absence_consumer()
+        self._pump = Pump(client, READERS, consumer.durable, permits=_PERMITS, handle=self._look, ensure=self._ensure)
+
+    async def start(self) -> None:
+        """Listen."""
+        await self._pump.start()
+
+    async def stop(self) -> None:
+        """Listen no more."""
+        await self._pump.unsubscribe()
+        await self._pump.finish(1)
+
+    async def _ensure(self) -> None:
+        await ensure_stream(self._jetstream, self._layout.named(READERS))
+        await ensure_consumer(self._jetstream, absence_consumer())
+
+    async def _look(self, message: Msg) -> None:
+        """A reader came, stayed or left (most messages), or all have been gone for too long."""
+        if message.headers and _MARKER in message.headers:
+            turn = message.subject.rsplit(".", 1)[1]
+            try:
+                await self._abandoned(turn, message.metadata.sequence.stream)
+            except (NatsError, APIError, TimeoutError, BrokerUnavailable) as error:
+                log.warning("absence_unsettled", turn=turn, error=repr(error))
+                return  # the marker comes again
+        await message.ack()
+
+    async def _abandoned(self, turn: str, sequence: int) -> None:
+        last = await last_message(self._client, reader_key(turn), READERS)
+        if last is None or last.sequence != sequence:
+            return  # a reader has come back, or the turn has been erased
+        log.info("turn_abandoned", turn=turn)
+        signal = CancelTurn(turn=turn, reason="abandoned")
+        await self._jetstream.publish(signal.subject, signal.model_dump_json().encode(), timeout=5)

@@ -1,0 +1,36 @@
+"""Turns that nobody reads: what happens when a reader comes back at the very moment."""
+
+from collections.abc import Awaitable, Callable
+
+from nats.aio.msg import Msg
+
+from capibara_flow.runtime.readers import Absences
+from tests.runtime.rig import Rig, flushed, line
+from tests.waiting import until
+from topics.streams import READERS, Layout, reader_key
+
+
+async def test_a_reader_that_comes_back_while_we_hear_of_his_absence_is_no_absence(rig: Rig) -> None:
+    edge, client = await rig.client("edge"), await line(rig, "undertaker")
+    late: list[str] = []
+
+    async def deliver(message: Msg, take: Callable[[Msg], Awaitable[None]]) -> None:
+        if message.subject.startswith("$KV") and message.headers and "Nats-Marker-Reason" in message.headers:
+            late.append(message.subject)
+            await edge.publish(reader_key("T1"), b"", headers={"Nats-TTL": "60s"})
+            await flushed(edge)
+        await take(message)
+
+    client.deliver = deliver
+    absences = Absences(client, Layout())
+    await absences.start()
+    await edge.publish(reader_key("T1"), b"", headers={"Nats-TTL": "1s"})
+    await until(lambda: late)
+
+    async def settled() -> bool:
+        info = await rig.admin.consumer_info(READERS, "undertaker")
+        return not info.num_pending and not info.num_ack_pending
+
+    await until(settled)
+    await absences.stop()
+    assert await rig.waiting("CF_CTL") == 0

@@ -5,7 +5,8 @@ import gc
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import uvloop
@@ -16,9 +17,11 @@ from capibara_flow.engines.build import build_expert
 from capibara_flow.runtime import connection, provision
 from capibara_flow.runtime.answers import FencedAnswers
 from capibara_flow.runtime.client import TokenClient
+from capibara_flow.runtime.erasing import erase
+from capibara_flow.runtime.readers import Absences
 from capibara_flow.runtime.turns import NatsTurns
 from capibara_flow.settings import Settings
-from topics.streams import Consumer, Layout, caller_consumer, router_consumer, subject_token
+from topics.streams import Consumer, Layout, absence_consumer, caller_consumer, router_consumer, subject_token, undertaker_consumer
 
 
 def layout(settings: Settings) -> Layout:
@@ -32,7 +35,7 @@ def layout(settings: Settings) -> Layout:
 
 
 def consumers(settings: Settings) -> tuple[Consumer, ...]:
-    """Every durable consumer: the router's, and one for each active expert."""
+    """Every durable consumer without which a turn cannot be served: the router's, and one for each active expert."""
     return (_tuned(router_consumer(), settings), *expert_consumers(settings))
 
 
@@ -50,7 +53,8 @@ async def apply_streams(settings: Settings) -> list[str]:
     """Make the broker agree with the map; a line for everything done."""
     async with connected(settings, "provisioner") as client:
         jetstream = client.jetstream(timeout=15)
-        return await provision.apply(jetstream, layout(settings), consumers(settings))
+        house = (_tuned(undertaker_consumer(), settings), absence_consumer())
+        return await provision.apply(jetstream, layout(settings), (*consumers(settings), *house))
 
 
 async def show_streams(settings: Settings) -> list[dict[str, Any]]:
@@ -90,29 +94,53 @@ async def connected(settings: Settings, role: str) -> AsyncIterator[TokenClient]
 @asynccontextmanager
 async def worker_needs(name: str, settings: Settings) -> AsyncIterator[dict[str, Any]]:
     """What the worker *name* is built with; whatever it opens is closed at the end."""
-    client = await connection.connect(settings, name)  # beside FastStream's: tokens take the fast lane
-    answers = FencedAnswers(client, f"{name}@{socket.gethostname()}:{os.getpid()}")
-    await answers.start()
-    engines = {subject_token(each.name): build_expert(each) for each in settings.experts.active} if name == "caller" else {}
-    common = {"answers": answers, "layout": layout(settings), "retry_seconds": settings.worker.retry_seconds}
-    try:
-        if name == "router":
-            consumer = _tuned(router_consumer(), settings)
-            yield {"fleet": settings.experts, "consumer": consumer, "permits": settings.worker.router_permits, **common}
-        else:
-            yield {"engines": engines, "consumers": expert_consumers(settings), **common}
-    finally:
-        await answers.stop()
-        await client.close()
-        for engine in engines.values():
-            await engine.aclose()
+    async with AsyncExitStack() as stack:
+        # A connection beside FastStream's: tokens take the fast lane.
+        client = await stack.enter_async_context(connected(settings, name))
+        answers = FencedAnswers(client, f"{name}@{socket.gethostname()}:{os.getpid()}")
+        await answers.start()
+        stack.push_async_callback(answers.stop)
+        worker = settings.worker
+        common = {"retry_seconds": worker.retry_seconds, "patience_seconds": worker.patience_seconds}
+        own = await _OWN_NEEDS[name](settings, client, stack)
+        yield {"answers": answers, "layout": layout(settings), **common, **own}
+
+
+async def _router_needs(settings: Settings, _: TokenClient, __: AsyncExitStack) -> dict[str, Any]:
+    consumer = _tuned(router_consumer(), settings)
+    return {"fleet": settings.experts, "consumer": consumer, "permits": settings.worker.router_permits}
+
+
+async def _caller_needs(settings: Settings, _: TokenClient, stack: AsyncExitStack) -> dict[str, Any]:
+    engines = {subject_token(each.name): build_expert(each) for each in settings.experts.active}
+    for engine in engines.values():
+        stack.push_async_callback(engine.aclose)
+    return {"engines": engines, "consumers": expert_consumers(settings)}
+
+
+async def _undertaker_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> dict[str, Any]:
+    absences = Absences(client, layout(settings))
+    await absences.start()
+    stack.push_async_callback(absences.stop)
+    # Every stream that there can be: a log may have been kept before it was switched off.
+    erasing = partial(erase, client, streams=[stream.name for stream in Layout().streams], retry_seconds=settings.worker.retry_seconds)
+    return {"consumer": _tuned(undertaker_consumer(), settings), "erase": erasing}
+
+
+_OWN_NEEDS = {"router": _router_needs, "caller": _caller_needs, "undertaker": _undertaker_needs}
 
 
 async def _edge(settings: Settings) -> None:
     async with connected(settings, "edge") as client:
-        turns = NatsTurns(client, consumers(settings))
         settle_in()
-        await serve(Door(turns, settings.experts, settings.edge, settings.auth))
+        await serve(door(settings, client))
+
+
+def door(settings: Settings, client: TokenClient) -> Door:
+    """The door onto the broker of *client*."""
+    edge, turn_age = settings.edge, settings.log.turn_age_seconds
+    ages = {"abandon_seconds": edge.abandon_seconds, "turn_age": turn_age, "turn_seconds": edge.turn_seconds}
+    return Door(NatsTurns(client, consumers(settings), **ages), settings.experts, edge, settings.auth, turn_age)
 
 
 def settle_in() -> None:

@@ -15,12 +15,10 @@ from aiohttp.test_utils import TestServer
 
 from capibara_flow import wiring
 from capibara_flow.edge.app import build
-from capibara_flow.edge.door import Door
 from capibara_flow.engines import scripted
 from capibara_flow.engines.script import load_script
 from capibara_flow.runtime import connection
 from capibara_flow.runtime.embedded import EmbeddedBroker
-from capibara_flow.runtime.turns import NatsTurns
 from capibara_flow.settings import FleetSettings, NatsSettings, Settings
 
 # A shell without job control starts its background jobs with SIGINT ignored, and children would inherit that.
@@ -64,8 +62,7 @@ class Installation:
     async def start_edge(self) -> str:
         """Start one more door; its address."""
         client = await self._stack.enter_async_context(wiring.connected(self.settings, "edge"))
-        door = Door(NatsTurns(client, wiring.consumers(self.settings)), self.settings.experts, self.settings.edge, self.settings.auth)
-        server = TestServer(build(door), host="127.0.0.1")
+        server = TestServer(build(wiring.door(self.settings, client)), host="127.0.0.1")
         await server.start_server(shutdown_timeout=0.1)
         self._stack.push_async_callback(server.close)
         url = str(server.make_url("")).rstrip("/")
@@ -123,6 +120,7 @@ async def installation(settings: Settings, engine: str) -> AsyncIterator[Install
     try:
         await running.start_worker("router")
         await running.start_worker("caller")
+        await running.start_worker("undertaker")
         yield running
     finally:
         await running.aclose()

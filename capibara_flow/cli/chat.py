@@ -159,6 +159,8 @@ class Screen:
                 self._token(data.get("text") or "", data.get("reasoning") or "")
             case "tool" if data.get("name"):
                 self.note(f"⚙ wants {data['name']} called")
+            case "waiting":
+                self.note(f"waiting: {data.get('reason')}")
             case "reset":
                 self.end()
                 self.note(f"the answer starts again: {data.get('reason')}")

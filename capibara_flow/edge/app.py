@@ -15,6 +15,7 @@ from aiohttp.typedefs import Middleware
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from capibara_flow import __version__
+from capibara_flow.edge.asked import IDEMPOTENCY_KEY, REPLAYED
 from capibara_flow.edge.chat import NativeChat
 from capibara_flow.edge.completions import Completions
 from capibara_flow.edge.door import Door
@@ -33,7 +34,7 @@ _PAGE_HEADERS = {
 }
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
-    "Access-Control-Allow-Headers": "Content-Type, Authorization, Last-Event-ID, Idempotency-Key",
+    "Access-Control-Allow-Headers": f"Content-Type, Authorization, Last-Event-ID, {IDEMPOTENCY_KEY}",
     "Access-Control-Max-Age": "600",
 }
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -55,6 +56,7 @@ def build(door: Door) -> web.Application:
     app.router.add_get("/api/chat/{turn}/events", native.events, allow_head=False)
     app.router.add_delete("/api/chat/{turn}", native.cancel)
     app.router.add_post("/v1/chat/completions", completions.create)
+    app.router.add_get("/v1/chat/completions/{turn}/events", completions.events, allow_head=False)
     app.router.add_get("/v1/models", completions.models)
     app.router.add_get("/health", house.health)
     app.router.add_get("/ready", house.ready)
@@ -151,7 +153,7 @@ def _cors(origins: frozenset[str]) -> tuple[Middleware, _Sign]:
         origin = request.headers.get("Origin")
         if origin in origins:
             response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = "X-Capibara-Turn, X-Capibara-Route"
+            response.headers["Access-Control-Expose-Headers"] = f"X-Capibara-Turn, X-Capibara-Route, {REPLAYED}"
 
     return preflight, sign
 

@@ -16,6 +16,10 @@ class ChatBody(BaseModel):
     messages: tuple[ChatMessage, ...] | None = Field(default=None, description="A whole conversation, oldest first")
     model: str | None = Field(default=None, description="An expert's name or alias; left out or `auto`, the router chooses")
     stream: bool = Field(default=True, description="Server-sent events, or one JSON object")
+    background: bool = Field(default=False, description="A streamed answer is made to its end even if nobody reads it")
+    timeout_seconds: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="The answer ends by then, counted from now; less than the server's own limit"
+    )
     sampling: Sampling = Sampling()
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: str | dict[str, Any] | None = None

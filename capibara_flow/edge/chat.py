@@ -10,12 +10,13 @@ from aiohttp import web
 from capibara_flow.domain.collecting import Collected
 from capibara_flow.domain.turns import created
 from capibara_flow.edge import sse
+from capibara_flow.edge.asked import Terms, flag, idempotency_key, resume_point
 from capibara_flow.edge.bodies import ChatBody
-from capibara_flow.edge.door import Door
+from capibara_flow.edge.door import Door, Opened
 from capibara_flow.edge.endings import Ending, counted, relay, whole
 from capibara_flow.edge.problems import as_failed, problem
 from capibara_flow.errors import BadRequest, CapibaraError
-from capibara_flow.ports import Feed
+from capibara_flow.ports import Identity
 from capibara_flow.telemetry import RESUMES
 from topics.output import Done, Failed
 
@@ -33,57 +34,58 @@ class NativeChat:
         body = await self._door.read(request, ChatBody)
         asked = body.request()
         self._door.check(asked)
-        turn, feed = await self._door.open(asked, identity)
-        with counted(since) as ending:
+        opened = await self._door.open(asked, identity, self._terms(request, body, identity))
+        with counted(since, replayed=opened.replayed) as ending:
             if not body.stream:
-                return await self._whole(turn, feed, ending)
-            first = {"turn": turn, "created": created(turn), "principal": identity.principal}
-            return await self._stream(request, turn, feed, ending, greeting=b"event: turn\ndata: %s\n\n" % json.dumps(first).encode())
+                return await self._whole(opened, ending)
+            first = {"turn": opened.turn, "created": created(opened.turn), "principal": identity.principal}
+            return await self._stream(request, opened, ending, greeting=b"event: turn\ndata: %s\n\n" % json.dumps(first).encode())
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """``GET /api/chat/{turn}/events``: go on after ``Last-Event-ID`` (or ``?after=``), on any edge."""
         turn = await self._door.known(request)
         after = resume_point(request)
         RESUMES.inc()
-        feed = await self._door.turns.follow(turn, after)
-        return await self._stream(request, turn, feed, Ending(), after=after)
+        return await self._stream(request, await self._door.follow(turn, after), Ending(), after=after)
 
     async def cancel(self, request: web.Request) -> web.Response:
-        """``DELETE /api/chat/{turn}``: stop wherever it is; saying so twice is no error."""
+        """``DELETE /api/chat/{turn}``: stop wherever it is, with ``?erase=true`` leaving no trace; saying so twice is no error."""
+        if flag(request, "erase"):
+            turn = self._door.own(request)  # of a turn whose output has aged out other traces may be left
+            return web.json_response({"turn": turn, "erased": await self._door.turns.erase(turn)})
         turn = await self._door.known(request)
         await self._door.turns.cancel(turn, "asked")
         return web.json_response({"turn": turn, "cancelling": True}, status=202)
 
+    def _terms(self, request: web.Request, body: ChatBody, identity: Identity) -> Terms:
+        """How the turn of *body* shall be done; raises ``BadRequest``."""
+        most = self._door.edge.turn_seconds
+        if body.timeout_seconds is not None and body.timeout_seconds > most:
+            raise BadRequest(f"timeout_seconds: must be at most {most:g}")
+        attended = body.stream and not body.background
+        return Terms(body.timeout_seconds or most, attended, idempotency_key(request, identity.tenant))
+
     async def _stream(
-        self, request: web.Request, turn: str, feed: Feed, ending: Ending, *, greeting: bytes = b"", after: int = 0
+        self, request: web.Request, opened: Opened, ending: Ending, *, greeting: bytes = b"", after: int = 0
     ) -> web.StreamResponse:
-        edge = self._door.edge
+        edge, feed = self._door.edge, opened.feed
 
         def tell(problem: CapibaraError) -> bytes:
-            return b"event: error\ndata: %s\n\n" % as_failed(turn, problem).line()
+            return b"event: error\ndata: %s\n\n" % as_failed(opened.turn, problem).line()
 
-        async with aclosing(feed), sse.opened(request, {"X-Capibara-Turn": turn}, edge.heartbeat_seconds, edge.max_buffer_bytes) as stream:
+        async with aclosing(feed), sse.opened(request, opened.headers, edge.heartbeat_seconds, edge.max_buffer_bytes) as stream:
             if greeting:
                 await stream.write(greeting)
-            await relay(stream, feed, sse.native, ending, seconds=self._door.seconds_left(turn), tell=tell, after=after)
+            await relay(stream, feed, sse.native, ending, seconds=opened.seconds_left(), tell=tell, after=after)
         return stream.response
 
-    async def _whole(self, turn: str, feed: Feed, ending: Ending) -> web.Response:
-        collected = await whole(feed, ending, seconds=self._door.seconds_left(turn))
-        headers = {"X-Capibara-Turn": turn}
+    async def _whole(self, opened: Opened, ending: Ending) -> web.Response:
+        collected = await whole(opened.feed, ending, seconds=opened.seconds_left())
         if collected.done:
-            return web.json_response(_as_object(turn, collected, collected.done), headers=headers)
+            return web.json_response(_as_object(opened.turn, collected, collected.done), headers=opened.headers)
         failed = cast(Failed, collected.failed)
-        body = problem(failed.status, failed.title, failed.detail) | {"turn": turn, "retryable": failed.retryable}
-        return web.json_response(body, status=failed.status, headers=headers, content_type="application/problem+json")
-
-
-def resume_point(request: web.Request) -> int:
-    """The sequence to go on after; raises ``BadRequest``."""
-    given = request.headers.get("Last-Event-ID") or request.query.get("after") or "0"
-    if not (given.isascii() and given.isdigit() and len(given) < 19):
-        raise BadRequest("Last-Event-ID must be the id of an event of this turn")
-    return int(given)
+        body = problem(failed.status, failed.title, failed.detail) | {"turn": opened.turn, "retryable": failed.retryable}
+        return web.json_response(body, status=failed.status, headers=opened.headers, content_type="application/problem+json")
 
 
 def _as_object(turn: str, collected: Collected, done: Done) -> dict[str, Any]:

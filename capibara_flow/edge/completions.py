@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, cast
 
 import orjson
@@ -12,16 +12,17 @@ from aiohttp import web
 from capibara_flow.domain.collecting import Collected
 from capibara_flow.domain.turns import created
 from capibara_flow.edge import sse
+from capibara_flow.edge.asked import Terms, flag, idempotency_key, resume_point
 from capibara_flow.edge.bodies import CompletionBody
-from capibara_flow.edge.door import Door
+from capibara_flow.edge.door import PREFIX, Door, Opened
 from capibara_flow.edge.endings import Ending, counted, relay, whole
 from capibara_flow.edge.problems import openai_error
-from capibara_flow.errors import BrokerUnavailable, CapibaraError
-from capibara_flow.ports import Batch, Feed
-from capibara_flow.telemetry import log
-from topics.output import Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage, parse
+from capibara_flow.errors import BrokerUnavailable, CapibaraError, TurnGone, TurnUnknown
+from capibara_flow.ports import Batch
+from capibara_flow.telemetry import RESUMES, log
+from topics.output import Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage, event_of, parse
 
-PREFIX = "chatcmpl-"
+_LOOK_SECONDS = 5.0  # for what is stored already
 _WORDS = "\x00"  # where the words go in a chunk that is written once; nothing behind it looks so
 
 
@@ -39,11 +40,30 @@ class Completions:
         body = await self._door.read(request, CompletionBody)
         asked = body.request()
         self._door.check(asked)
-        turn, feed = await self._door.open(asked, identity)
-        with counted(since) as ending:
-            if body.stream:
-                return await self._stream(request, turn, feed, ending, body)
-            return await self._whole(turn, feed, ending)
+        terms = Terms(self._door.edge.turn_seconds, bool(body.stream), idempotency_key(request, identity.tenant))
+        opened = await self._door.open(asked, identity, terms)
+        with counted(since, replayed=opened.replayed) as ending:
+            if not body.stream:
+                return await self._whole(opened, ending)
+            chunks = Chunks(opened.turn, body.model or "auto", usage=body.wants_usage)
+            return await self._stream(request, opened, ending, chunks, chunks.encode)
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """``GET /v1/chat/completions/{turn}/events``: go on after ``Last-Event-ID`` (or ``?after=``), on any edge.
+
+        Who has all there is gets the end again.
+        """
+        turn = await self._door.known(request)
+        after, usage = resume_point(request), flag(request, "include_usage")
+        RESUMES.inc()
+        model = await self._model(turn) if after else "auto"
+        opened = await self._door.follow(turn, after)
+        chunks = Chunks(turn, model, usage=usage, said=after > 0)
+
+        def encode(batch: Batch) -> bytes:
+            return chunks.encode(batch) if batch.sequence > after else chunks.end_again(batch)
+
+        return await self._stream(request, opened, Ending(), chunks, encode)
 
     async def models(self, request: web.Request) -> web.Response:
         """``GET /v1/models``: the experts, and ``auto`` for whoever leaves the choice to us."""
@@ -54,21 +74,33 @@ class Completions:
             rows.append(row | ({"scripted": True} if expert.scripted else {}))
         return web.json_response({"object": "list", "data": rows})
 
-    async def _stream(self, request: web.Request, turn: str, feed: Feed, ending: Ending, body: CompletionBody) -> web.StreamResponse:
-        edge = self._door.edge
-        async with aclosing(feed), sse.opened(request, {"X-Capibara-Turn": turn}, edge.heartbeat_seconds, edge.max_buffer_bytes) as stream:
+    async def _stream(
+        self, request: web.Request, opened: Opened, ending: Ending, chunks: "Chunks", encode: sse.Encode
+    ) -> web.StreamResponse:
+        edge, feed = self._door.edge, opened.feed
+        async with aclosing(feed), sse.opened(request, opened.headers, edge.heartbeat_seconds, edge.max_buffer_bytes) as stream:
 
             def give_up() -> None:
                 stream.stop()
-                self._behind(self._cancel(turn))  # the client will ask again: nobody needs the rest of this answer
-
-            chunks = Chunks(turn, body.model or "auto", usage=body.wants_usage, on_reset=give_up)
+                self._behind(self._cancel(opened.turn))  # the client will ask again: nobody needs the rest of this answer
 
             def tell(problem: CapibaraError) -> bytes:
                 return chunks.error(problem.status, problem.title, str(problem))
 
-            await relay(stream, feed, chunks.encode, ending, seconds=self._door.seconds_left(turn), tell=tell)
+            chunks.on_reset = give_up
+            await relay(stream, feed, encode, ending, seconds=opened.seconds_left(), tell=tell)
         return stream.response
+
+    async def _model(self, turn: str) -> str:
+        """Who answers *turn*, as its stored beginning says; ``auto`` if that is not there."""
+        model = "auto"
+        with suppress(TimeoutError, TurnGone, TurnUnknown, StopAsyncIteration):
+            async with aclosing(await self._door.turns.follow(turn)) as feed, asyncio.timeout(_LOOK_SECONDS):
+                for batch in await anext(aiter(feed)):
+                    for line in batch.lines:
+                        if event_of(line) == "routed":
+                            model = cast(Routed, parse(line)).model_id
+        return model
 
     async def _cancel(self, turn: str) -> None:
         try:
@@ -82,9 +114,9 @@ class Completions:
         self._tasks.add(task)  # the loop alone would not keep it
         task.add_done_callback(self._tasks.discard)
 
-    async def _whole(self, turn: str, feed: Feed, ending: Ending) -> web.Response:
-        collected = await whole(feed, ending, seconds=self._door.seconds_left(turn))
-        headers = {"X-Capibara-Turn": turn}
+    async def _whole(self, opened: Opened, ending: Ending) -> web.Response:
+        collected = await whole(opened.feed, ending, seconds=opened.seconds_left())
+        headers = opened.headers
         if collected.failed:
             failed = collected.failed
             return web.json_response(openai_error(failed.status, failed.title, failed.detail), status=failed.status, headers=headers)
@@ -93,29 +125,37 @@ class Completions:
             return web.json_response(openai_error(409, "cancelled", "the turn was cancelled"), status=409, headers=headers)
         if collected.routed:
             headers["X-Capibara-Route"] = collected.routed.route_name
-        return web.json_response(_completion(turn, collected, done), headers=headers)
+        return web.json_response(_completion(opened.turn, collected, done), headers=headers)
 
 
 class Chunks:
     """Output events become completion chunks; what the dialect cannot say ends the stream with an error.
 
-    *on_reset* is called when words that were said are taken back: nothing is written behind that error.
+    ``on_reset`` is called when words that were *said*, here or on an earlier connection, are taken back: nothing is written behind that
+    error.
     """
 
-    def __init__(self, turn: str, model: str, *, usage: bool, on_reset: Callable[[], None] | None = None) -> None:
+    def __init__(self, turn: str, model: str, *, usage: bool, said: bool = False) -> None:
+        self.on_reset: Callable[[], None] = _nothing
         self._head = {"id": PREFIX + turn, "object": "chat.completion.chunk", "created": int(created(turn)), "model": model}
         self._wants_usage = usage
-        self._on_reset = on_reset
         self._usage: Usage | None = None
-        self._said = False
+        self._said = said
         self._over = False
         self._around: tuple[bytes, ...] = ()
         self._token = Token(turn=turn).line()[: -len(b'""}')]
 
     def encode(self, batch: Batch) -> bytes:
-        """The chunks of one batch."""
+        """The chunks of one batch, of which the last has its id; words that are taken back have none, for nobody can go on behind them."""
         written = b"".join(self._line(line) for line in batch.lines if not self._over)
-        return b"id: %d\n%s" % (batch.sequence, written) if written else b""
+        if not written or self._over:
+            return written
+        before, gap, last = written[:-2].rpartition(b"\n\n")
+        return b"%b%bid: %d\n%b\n\n" % (before, gap, batch.sequence, last)
+
+    def end_again(self, batch: Batch) -> bytes:
+        """The end, if *batch* has it, for who may have heard it before."""
+        return self.encode(Batch(batch.sequence, batch.lines[-1:], final=True)) if batch.final else b""
 
     def _line(self, line: bytes) -> bytes:
         if not self._said or not line.startswith(self._token) or b',"reasoning":' in line:
@@ -141,8 +181,7 @@ class Chunks:
             case Usage():
                 self._usage = output
             case Reset() if self._said:
-                if self._on_reset:
-                    self._on_reset()
+                self.on_reset()
                 return self.error(502, "answer reset", "the answer had to start anew, which this dialect cannot express; ask again")
             case Failed(status=status, title=title, detail=detail):
                 return self.error(status, title, detail)
@@ -166,6 +205,10 @@ class Chunks:
         if self._wants_usage:
             end += self._chunk([], usage=_usage(self._usage))
         return end + b"data: [DONE]\n\n"
+
+
+def _nothing() -> None:
+    """Nobody wants to hear of it."""
 
 
 def _fragment(call: ToolCalled) -> dict[str, Any]:

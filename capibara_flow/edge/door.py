@@ -3,7 +3,7 @@
 import secrets
 import time
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from aiohttp import web
@@ -13,9 +13,10 @@ from capibara_flow.domain.collecting import Collected
 from capibara_flow.domain.fleet import Fleet
 from capibara_flow.domain.routing import candidates
 from capibara_flow.domain.turns import belongs, created, is_turn_id, turn_id
+from capibara_flow.edge.asked import REPLAYED, Terms, digest
 from capibara_flow.edge.identity import identify
 from capibara_flow.edge.problems import explained
-from capibara_flow.errors import BadRequest, TurnUnknown
+from capibara_flow.errors import BadRequest, TurnExpired, TurnGone, TurnUnknown
 from capibara_flow.ports import Batch, Feed, Identity, Turns
 from capibara_flow.settings import AuthSettings, EdgeSettings
 from topics.chat import ChatRequest, RouteTurn
@@ -23,18 +24,40 @@ from topics.output import parse
 
 Body = TypeVar("Body", bound=BaseModel)
 
+#: Stands before a turn's id in the ids of OpenAI's dialect.
+PREFIX = "chatcmpl-"
 #: Seconds beyond a turn's deadline in which its last word may still arrive.
 GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
+class Opened:
+    """A turn and its output, for whoever asked; *replayed* if it was asked for before, *deadline* (seconds since the epoch) is its end."""
+
+    turn: str
+    feed: Feed
+    deadline: float
+    replayed: bool
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the response's headers say of it."""
+        return {"X-Capibara-Turn": self.turn} | ({REPLAYED: "true"} if self.replayed else {})
+
+    def seconds_left(self) -> float:
+        """How long to wait for its end, with some grace."""
+        return max(0.0, self.deadline - time.time()) + GRACE_SECONDS
+
+
+@dataclass(frozen=True)
 class Door:
-    """The door's parts; ``app.build`` hangs handlers on it."""
+    """The door's parts; ``app.build`` hangs handlers on it. Output is kept for *turn_age* seconds."""
 
     turns: Turns
     fleet: Fleet
     edge: EdgeSettings
     auth: AuthSettings
+    turn_age: float = 3600.0
 
     async def read(self, request: web.Request, model: type[Body]) -> Body:
         """The request's body as *model*; raises ``BadRequest``, and 413 when it is too large."""
@@ -59,27 +82,46 @@ class Door:
         """Who asks; raises ``Unauthorized``."""
         return identify(request, self.auth)
 
-    async def open(self, request: ChatRequest, identity: Identity) -> tuple[str, Feed]:
-        """Start a turn: its id, and its output."""
-        now = time.time()
-        turn = turn_id(milliseconds=int(now * 1000), entropy=secrets.token_bytes(10), tenant=identity.tenant)
-        batches = await self.turns.open(RouteTurn(turn=turn, request=request), identity, now + self.edge.turn_seconds)
-        return turn, batches
+    async def open(self, request: ChatRequest, identity: Identity, terms: Terms) -> Opened:
+        """Start a turn, or find the one that its key stands for.
 
-    async def known(self, request: web.Request) -> str:
-        """The turn that the path names, if it is there and the asker's own; raises ``TurnUnknown``."""
-        turn = request.match_info["turn"]
+        Raises ``QueueFull``, ``BrokerUnavailable``, ``KeyReused``, and ``TurnExpired`` or ``TurnGone`` for a turn of before.
+        """
+        now = time.time()
+        turn = ours = turn_id(milliseconds=int(now * 1000), entropy=secrets.token_bytes(10), tenant=identity.tenant)
+        if terms.key is not None:
+            turn = await self.turns.claim(terms.key, digest(request), ours)
+        if turn == ours:
+            deadline = now + terms.seconds
+        elif await self.turns.exists(turn):
+            return replace(await self.follow(turn), replayed=True)
+        elif (deadline := created(turn) + terms.seconds) <= now:
+            raise TurnExpired("the turn of this Idempotency-Key did not begin within its time")
+        # Who claimed the key may have died before the turn was on its way: it is sent once, however often we say so.
+        feed = await self.turns.open(RouteTurn(turn=turn, request=request), identity, deadline, attended=terms.attended)
+        return Opened(turn, feed, deadline, replayed=turn != ours)
+
+    def own(self, request: web.Request) -> str:
+        """The turn that the path names, if it can be the asker's own; raises ``TurnUnknown``."""
+        turn = request.match_info["turn"].removeprefix(PREFIX)
         identity = self.identify(request)
         if not is_turn_id(turn) or not belongs(turn, identity.tenant):
             raise TurnUnknown("there is no such turn")
-        young = abs(time.time() - created(turn)) < self.edge.turn_seconds
-        if not young and not await self.turns.exists(turn):
-            raise TurnUnknown("there is no such turn, or its output is no longer kept")
         return turn
 
-    def seconds_left(self, turn: str) -> float:
-        """How long *turn* may still go on, with some grace; that much remains to read an old one."""
-        return max(0.0, created(turn) + self.edge.turn_seconds - time.time()) + GRACE_SECONDS
+    async def known(self, request: web.Request) -> str:
+        """The turn that the path names, if it is there and the asker's own; raises ``TurnUnknown`` or ``TurnGone``."""
+        turn = self.own(request)
+        age = time.time() - created(turn)
+        if abs(age) < self.edge.turn_seconds or await self.turns.exists(turn):
+            return turn
+        if age < self.turn_age:
+            raise TurnUnknown("there is no such turn, or its output is no longer kept")
+        raise TurnGone(f"output is kept for {self.turn_age:g} s, and this turn is older")
+
+    async def follow(self, turn: str, after: int = 0) -> Opened:
+        """Go on reading *turn* after sequence *after*; raises ``TurnUnknown``, ``TurnGone`` or ``BrokerUnavailable``."""
+        return Opened(turn, await self.turns.follow(turn, after), created(turn) + self.edge.turn_seconds, replayed=False)
 
 
 async def collect(feed: Feed) -> Collected:

@@ -11,7 +11,7 @@ from capibara_flow.edge.door import collect
 from capibara_flow.edge.sse import Encode, Stream
 from capibara_flow.errors import BrokerUnavailable, CapibaraError, TurnExpired
 from capibara_flow.ports import Feed
-from capibara_flow.telemetry import TURN_SECONDS, TURNS
+from capibara_flow.telemetry import RESUMES, TURN_SECONDS, TURNS
 
 
 class Ending:
@@ -21,9 +21,16 @@ class Ending:
 
 
 @contextmanager
-def counted(since: float) -> Iterator[Ending]:
-    """Count one turn that was opened here, and the seconds from *since* (monotonic) to the end of the block."""
+def counted(since: float, *, replayed: bool = False) -> Iterator[Ending]:
+    """Count one turn that was opened here, and the seconds from *since* (monotonic) to the end of the block.
+
+    One that is *replayed* was counted where it was opened: here a reader has come back to it.
+    """
     ending = Ending()
+    if replayed:
+        RESUMES.inc()
+        yield ending
+        return
     try:
         yield ending
     except TurnExpired:

@@ -6,12 +6,23 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from capibara_flow import __version__
+from capibara_flow.edge.asked import IDEMPOTENCY_KEY, REPLAYED
 from capibara_flow.edge.bodies import ChatBody, CompletionBody
 from topics.output import OUTPUTS
 
 _TURN = {"name": "turn", "in": "path", "required": True, "schema": {"type": "string", "minLength": 32, "maxLength": 32}}
+_COMPLETION = {"name": "turn", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^(chatcmpl-)?[0-9A-Z]{32}$"}}
 _RESUME = {"name": "Last-Event-ID", "in": "header", "required": False, "schema": {"type": "string"}}
 _AFTER = {"name": "after", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}}
+_ERASE = {"name": "erase", "in": "query", "required": False, "schema": {"type": "boolean", "default": False}}
+_USAGE = {"name": "include_usage", "in": "query", "required": False, "schema": {"type": "boolean", "default": False}}
+_ONCE = {
+    "name": IDEMPOTENCY_KEY,
+    "in": "header",
+    "required": False,
+    "description": f"The same key with the same request again reads the turn of the first one ({REPLAYED}: true); with another, 422",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]*$"},
+}
 
 
 def _body(name: str) -> dict[str, Any]:
@@ -22,30 +33,49 @@ def _answer(text: str, *kinds: str) -> dict[str, Any]:
     return {"description": text, "content": {kind: {"schema": {"type": "string" if "text" in kind else "object"}} for kind in kinds}}
 
 
+def _gone(error: dict[str, Any]) -> dict[str, Any]:
+    return error | {"description": "What went wrong; 404: there is no such turn, 410: what is asked for is no longer kept"}
+
+
 _PROBLEM = _answer("What went wrong", "application/problem+json")
 _ERROR = _answer("What went wrong", "application/json")
 _CHAT = {"200": _answer("The answer", "text/event-stream", "application/json"), "4XX": _PROBLEM, "5XX": _PROBLEM}
 _PATHS: dict[str, Any] = {
-    "/api/chat": {"post": {"summary": "Ask; the answer streams back", "requestBody": _body("ChatBody"), "responses": _CHAT}},
+    "/api/chat": {
+        "post": {"summary": "Ask; the answer streams back", "parameters": [_ONCE], "requestBody": _body("ChatBody"), "responses": _CHAT}
+    },
     "/api/chat/{turn}/events": {
         "get": {
             "summary": "Go on reading a turn, on any edge",
             "parameters": [_TURN, _RESUME, _AFTER],
-            "responses": {"200": _answer("The events after that one", "text/event-stream"), "4XX": _PROBLEM, "5XX": _PROBLEM},
+            "responses": {"200": _answer("The events after that one", "text/event-stream"), "4XX": _gone(_PROBLEM), "5XX": _PROBLEM},
         }
     },
     "/api/chat/{turn}": {
         "delete": {
-            "summary": "Stop a turn",
-            "parameters": [_TURN],
-            "responses": {"202": _answer("It is being stopped", "application/json"), "4XX": _PROBLEM, "5XX": _PROBLEM},
+            "summary": "Stop a turn, or stop it and remove every trace of it",
+            "parameters": [_TURN, _ERASE],
+            "responses": {
+                "200": _answer("It is erased: how many stored messages that were", "application/json"),
+                "202": _answer("It is being stopped", "application/json"),
+                "4XX": _gone(_PROBLEM),
+                "5XX": _PROBLEM,
+            },
         }
     },
     "/v1/chat/completions": {
         "post": {
             "summary": "Ask, in OpenAI's dialect",
+            "parameters": [_ONCE],
             "requestBody": _body("CompletionBody"),
             "responses": {"200": _answer("The completion", "text/event-stream", "application/json"), "4XX": _ERROR, "5XX": _ERROR},
+        }
+    },
+    "/v1/chat/completions/{turn}/events": {
+        "get": {
+            "summary": "Go on reading a streamed completion, on any edge",
+            "parameters": [_COMPLETION, _RESUME, _AFTER, _USAGE],
+            "responses": {"200": _answer("The chunks after that one", "text/event-stream"), "4XX": _gone(_ERROR), "5XX": _ERROR},
         }
     },
     "/v1/models": {"get": {"summary": "The experts", "responses": {"200": _answer("A list", "application/json"), "4XX": _ERROR}}},

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import stamina
@@ -12,7 +12,7 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 from nats.js import JetStreamContext
-from nats.js.errors import NoStreamResponseError
+from nats.js.errors import APIError, NoStreamResponseError
 
 from capibara_flow.errors import BrokerUnavailable, TooLarge
 from capibara_flow.runtime.client import TokenClient, description, header, status
@@ -20,7 +20,9 @@ from capibara_flow.runtime.client import TokenClient, description, header, statu
 OUT = "CF_OUT"
 _BATCH = 256
 _TIMEOUT = 5.0
+_ELECTION = 15.0  # seconds: one takes 4 to 9, and another may follow
 _NOTHING = {10037, 10059}  # no message found, no stream found
+_FOR_NOW = {10008, 10158}  # no leader, the same message id is being stored just now
 _HEADERS = 4096  # bytes, more than ours are
 
 
@@ -31,9 +33,14 @@ async def publish_once(client: Client, jetstream: JetStreamContext, subject: str
     """
     if not fits(client, body):
         raise TooLarge(f"{len(body)} bytes are more than the broker takes at once")
-    async for attempt in stamina.retry_context(on=(TimeoutError, NoStreamResponseError), attempts=5, timeout=15, wait_max=3):
+    async for attempt in stamina.retry_context(on=_may_pass, attempts=None, timeout=_ELECTION, wait_max=2):
         with attempt:
             await jetstream.publish(subject, body, timeout=5, headers=headers)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether *error* is one of an election, or of our own first try being still on its way."""
+    return isinstance(error, TimeoutError | NoStreamResponseError) or (isinstance(error, APIError) and error.err_code in _FOR_NOW)
 
 
 def fits(client: Client, body: bytes) -> bool:
@@ -43,22 +50,32 @@ def fits(client: Client, body: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One message as its stream has it."""
+    """One message as its stream has it; *subject* and raw *headers* only where one alone was asked for."""
 
     sequence: int
     data: bytes
+    subject: str = field(default="", compare=False)
+    headers: bytes = field(default=b"", compare=False)
 
 
 async def last_message(client: Client, subject: str, stream: str = OUT) -> Stored | None:
     """The last message of *subject*, asked of the stream's leader; none also when there is no such stream. Raises ``BrokerUnavailable``."""
-    body = json.dumps({"last_by_subj": subject}).encode()
+    return await one_message(client, stream, last_by_subj=subject)
+
+
+async def one_message(client: Client, stream: str, **which: Any) -> Stored | None:
+    """The message that *which* names (``seq``, ``last_by_subj``, ``next_by_subj``), as the leader of *stream* has it.
+
+    None when it is not there, or there is no such stream. Raises ``BrokerUnavailable``.
+    """
     try:
-        reply = await client.request(f"$JS.API.STREAM.MSG.GET.{stream}", body, timeout=_TIMEOUT)
+        reply = await client.request(f"$JS.API.STREAM.MSG.GET.{stream}", json.dumps(which).encode(), timeout=_TIMEOUT)
     except (NatsError, TimeoutError) as error:
         raise BrokerUnavailable(f"{stream} does not answer: {error!r}") from error
     answer: dict[str, Any] = json.loads(reply.data)
     if message := answer.get("message"):
-        return Stored(message["seq"], base64.b64decode(message.get("data", "")))
+        data, headers = (base64.b64decode(message.get(part, "")) for part in ("data", "hdrs"))
+        return Stored(message["seq"], data, message["subject"], headers)
     if answer["error"].get("err_code") in _NOTHING:
         return None
     raise BrokerUnavailable(f"{stream}: {answer['error']['description']}")

@@ -1,19 +1,25 @@
-"""The door's side of the broker: publish a turn, follow its output from any machine, stop it."""
+"""The door's side of the broker: publish a turn, follow its output from any machine, stop it, have it erased."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
 from nats.js.errors import APIError, NotFoundError
+from pydantic import ValidationError
 
 from capibara_flow.domain.reading import Cursor, Verdict
-from capibara_flow.errors import BrokerUnavailable, QueueFull
+from capibara_flow.errors import BrokerUnavailable, QueueFull, TooLarge
 from capibara_flow.ports import Batch, Feed, Identity, Take
+from capibara_flow.runtime.attending import Attendance, Seat
 from capibara_flow.runtime.client import TokenClient, header
-from capibara_flow.runtime.output import OUT, last_message, publish_once, stored
+from capibara_flow.runtime.kept import Kept
+from capibara_flow.runtime.keys import Keys
+from capibara_flow.runtime.output import OUT, publish_once, stored
 from capibara_flow.telemetry import log
-from topics.chat import CancelTurn, RouteTurn
+from topics.chat import CancelTurn, Erased, EraseTurn, RouteTurn
 from topics.message import DEADLINE, PRINCIPAL, TENANT, Message
 from topics.output import FINALS, event_of
 from topics.streams import Consumer
@@ -21,6 +27,7 @@ from topics.streams import Consumer
 #: JetStream's codes for a stream that is full (of messages or bytes), and for a disk that is.
 _FULL = {10077, 10047}
 _MOST_PENDING = 2000
+_ERASE_SECONDS = 20.0
 _IDLE_FIRST, _IDLE_MOST = 1.0, 5.0  # seconds between polls of a silent turn: the tail of a feed can be lost unseen
 
 
@@ -30,16 +37,22 @@ def _batch(sequence: int, data: bytes) -> Batch:
 
 
 class Follower:
-    """One reader of one branch: the live feed, healed from the stream."""
+    """One reader of one branch: the live feed, healed from the stream.
 
-    def __init__(self, client: TokenClient, turn: str, branch: str, after: int) -> None:
+    While there is nothing of the turn at all, *expected* is awaited now and then; what it raises ends the reading.
+    """
+
+    def __init__(
+        self, client: TokenClient, turn: str, branch: str, after: int, expected: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         self._client = client
         self._turn, self._branch = turn, branch
         self._cursor = Cursor(after)
+        self._expected = expected
         self._pending: list[tuple[int, int, bytes]] = []
         self._take: Take | None = None
         self._refused: list[tuple[int, bytes]] = []
-        self._ended = False
+        self.ended = False
         self._heard = False
         self._idle = _IDLE_FIRST
         self._loop = asyncio.get_running_loop()
@@ -55,17 +68,17 @@ class Follower:
 
     async def batches(self, *, backfill: bool) -> AsyncIterator[Sequence[Batch]]:
         """Every batch once and in order, to the final one; several that are there together come together."""
-        if backfill and (found := await self._heal()):
-            yield found
-            if found[-1].final:
-                return
+        found = await self._heal() if backfill else []
         while True:
-            found = await self._arrivals(self._idle)
-            self._idle = _IDLE_FIRST if found else min(self._idle * 2, _IDLE_MOST)
+            self.ended |= bool(found and found[-1].final)
             if found:
                 yield found
-            if self._ended or (found and found[-1].final):
+            if self.ended:
                 return
+            found = await self._arrivals(self._idle)
+            self._idle = _IDLE_FIRST if found else min(self._idle * 2, _IDLE_MOST)
+            if not found and not self._cursor.last and self._expected:
+                await self._expected()
 
     async def _arrivals(self, idle: float) -> list[Batch]:
         """What has arrived; after *idle* seconds of silence, what the stream has that never arrived."""
@@ -75,7 +88,7 @@ class Follower:
         pending, self._pending = self._pending, []
         found = [_batch(sequence, data) for sequence, data in refused]
         for sequence, previous, data in pending:
-            if self._ended or (found and found[-1].final):
+            if self.ended or (found and found[-1].final):
                 break
             verdict = self._cursor.judge(sequence, previous)
             if verdict is Verdict.GAP:
@@ -152,12 +165,12 @@ class Follower:
         try:
             batch = _batch(sequence, data)
             taken = take(batch)
-            self._ended = taken and batch.final
+            self.ended = taken and batch.final
         except Exception as error:  # noqa: BLE001  the reader meets the same fault in its own task, where somebody is told
             log.warning("output_untaken", turn=self._turn, error=repr(error))
         if not taken:
             self._refused.append((sequence, data))
-        if not taken or self._ended:
+        if not taken or self.ended:
             self._wake()
 
     def _keep(self, sequence: int, previous: int, data: bytes) -> None:
@@ -185,38 +198,69 @@ class _Feed:
 
 
 class NatsTurns:
-    """``ports.Turns`` on NATS; *consumers* are those without which a turn cannot be served."""
+    """``ports.Turns`` on NATS; *consumers* are those without which a turn cannot be served.
 
-    def __init__(self, client: TokenClient, consumers: tuple[Consumer, ...]) -> None:
+    An attended turn without a reader is stopped after *abandon_seconds*. Output is kept for *turn_age* seconds; a turn takes *turn_seconds*
+    at most.
+    """
+
+    def __init__(
+        self,
+        client: TokenClient,
+        consumers: tuple[Consumer, ...],
+        *,
+        abandon_seconds: float = 15,
+        turn_age: float = 3600,
+        turn_seconds: float = 600,
+    ) -> None:
         self._client = client
         self._jetstream = client.jetstream()
         self._consumers = consumers
+        self._attendance = Attendance(client, abandon_seconds)
+        self._kept = Kept(client, turn_age, consumers)
+        self._keys = Keys(client, turn_seconds)
         self._opened = self._following = 0
 
-    async def open(self, command: RouteTurn, identity: Identity, deadline: float) -> Feed:
+    async def open(self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False) -> Feed:
         follower = Follower(self._client, command.turn, "main", 0)
+        seat = Seat(self._attendance, command.turn)
         await follower.start()
+        if attended:
+            seat.take()  # before the turn, lest nobody attends it should this door die in between
         try:
             await self._publish(command, identity, deadline)
-        except BaseException:
+        except BaseException as error:
+            # Whatever else went wrong, the turn may be on its way: then nobody reads it.
+            seat.leave(ended=isinstance(error, QueueFull | TooLarge))
             await follower.stop()
             raise
         self._opened += 1
-        return await self._feed(follower, backfill=False)
+        return await self._feed(follower, seat, backfill=False)
 
     async def follow(self, turn: str, after: int = 0) -> Feed:
-        if after and (last := await last_message(self._client, f"cf.out.{turn}.data.main")):
-            after = min(after, last.sequence - 1)
-        follower = Follower(self._client, turn, "main", after)
+        if after:
+            after = await self._kept.resume(turn, after)
+        else:
+            await self._beginning(turn)
+        follower = Follower(self._client, turn, "main", after, partial(self._beginning, turn))
+        seat = Seat(self._attendance, turn)
         await follower.start()
-        return await self._feed(follower, backfill=True)
+        seat.look()
+        return await self._feed(follower, seat, backfill=True)
 
-    async def _feed(self, follower: Follower, *, backfill: bool) -> Feed:
-        reading = self._reading(follower, backfill=backfill)
+    async def _beginning(self, turn: str) -> None:
+        """Raises ``TurnGone`` or ``TurnUnknown`` when *turn* has no beginning to wait for, as far as is known now."""
+        try:
+            await self._kept.beginning(turn)
+        except BrokerUnavailable as error:
+            log.warning("output_unreadable", turn=turn, error=str(error))
+
+    async def _feed(self, follower: Follower, seat: Seat, *, backfill: bool) -> Feed:
+        reading = self._reading(follower, seat, backfill=backfill)
         await anext(reading)  # begun, it tidies up even if nobody ever reads it
         return _Feed(follower, reading)
 
-    async def _reading(self, follower: Follower, *, backfill: bool) -> AsyncGenerator[Sequence[Batch], None]:
+    async def _reading(self, follower: Follower, seat: Seat, *, backfill: bool) -> AsyncGenerator[Sequence[Batch], None]:
         """What *follower* finds, after an empty beginning."""
         self._following += 1
         try:
@@ -225,6 +269,7 @@ class NatsTurns:
                 yield batches
         finally:
             self._following -= 1
+            seat.leave(ended=follower.ended)
             await follower.stop()
 
     async def _publish(self, message: Message, identity: Identity, deadline: float) -> None:
@@ -245,9 +290,12 @@ class NatsTurns:
         except (NatsError, TimeoutError) as error:
             raise BrokerUnavailable("the broker does not accept turns now") from error
 
+    async def claim(self, key: str, digest: str, turn: str) -> str:
+        return await self._keys.claim(key, digest, turn)
+
     async def exists(self, turn: str) -> bool:
         """Whether output of *turn* is stored."""
-        return await last_message(self._client, f"cf.out.{turn}.data.main") is not None
+        return await self._kept.exists(turn)
 
     async def cancel(self, turn: str, reason: str) -> None:
         signal = CancelTurn(turn=turn, reason=reason)
@@ -255,6 +303,20 @@ class NatsTurns:
             await self._jetstream.publish(signal.subject, signal.model_dump_json().encode(), timeout=5)
         except (NatsError, TimeoutError) as error:
             raise BrokerUnavailable("the broker does not take the cancellation now") from error
+
+    async def erase(self, turn: str) -> int:
+        request = EraseTurn(turn=turn)
+        headers = {"content-type": "application/json"}
+        body = request.model_dump_json().encode()
+        try:
+            reply = await self._client.request(request.subject, body, timeout=_ERASE_SECONDS, headers=headers)
+            return Erased.model_validate_json(reply.data).messages
+        except NoRespondersError as error:
+            raise BrokerUnavailable("nobody is there who can erase a turn: start an undertaker") from error
+        except (NatsError, TimeoutError) as error:
+            raise BrokerUnavailable("the turn could not be erased in time; ask again") from error
+        except ValidationError as error:
+            raise BrokerUnavailable("the turn could not be erased now; ask again") from error
 
     async def ready(self) -> dict[str, str]:
         if not self._client.is_connected:

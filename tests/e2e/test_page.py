@@ -16,7 +16,10 @@ from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.settings import Settings, WorkerSettings
 from tests.conftest import settings_for
 from tests.e2e.wire import Wire
+from tests.edge.serving import ROUTED, T, served
+from tests.fakes import FakeTurns
 from tests.waiting import until as seen
+from topics.output import Continued, Token, Waiting
 
 pytestmark = pytest.mark.browser
 
@@ -48,14 +51,15 @@ def fleet_file(engine: str, tmp_path: Path) -> Path:
     """Two experts; the page believes that one of them is no script."""
     file = tmp_path / "fleet.toml"
     experts = (("eco", "true"), ("phi4_fast", "false"))
-    file.write_text("".join(f'[[experts]]\nname = "{name}"\nurls = ["{engine}"]\nscripted = {said}\n' for name, said in experts))
+    rule = '[[rules]]\nroute = "broken"\nexpert = "phi4_fast"\npatterns = ["falla"]\n'  # who cannot go on from the very words
+    file.write_text("".join(f'[[experts]]\nname = "{name}"\nurls = ["{engine}"]\nscripted = {said}\n' for name, said in experts) + rule)
     return file
 
 
 @pytest.fixture
 def settings(broker: EmbeddedBroker, fleet_file: Path) -> Settings:
     """Workers try again soon, and not often."""
-    return settings_for(broker, fleet_file, worker=WorkerSettings(retry_seconds=0.05, max_deliver=2))
+    return settings_for(broker, fleet_file, worker=WorkerSettings(retry_seconds=0.05, patience_seconds=0, max_deliver=2))
 
 
 @pytest.fixture
@@ -180,6 +184,25 @@ async def test_stop(page: Page, page_url: str) -> None:
     assert "500" not in await words(answer)
     again = await ask(page, "¿y ahora?")
     await until(again, "done")
+
+
+@pytest.mark.parametrize(("language", "said"), [("es", "Esperando: the engine is busy"), ("en", "Waiting: the engine is busy")])
+async def test_why_nothing_goes_on_is_told_until_words_come(page: Page, language: str, said: str) -> None:
+    held = Waiting(turn=T, reason="the engine is busy", attempt=2)
+    going_on = (Continued(turn=T, how="skip", expert="plain", attempt=3), Token(turn=T, text="words"))
+    for script, phase in (([(ROUTED,), (held,)], said), ([(ROUTED,), (held,), going_on], None)):
+        async with served(FakeTurns(*script)) as (host, port):
+            await page.goto(f"http://{host}:{port}")
+            await page.evaluate(f"localStorage.setItem('capibara.language', '{language}')")
+            await page.reload()
+            answer = await ask(page, "hola")
+            if phase:
+                await expect(answer.locator(".phase")).to_have_text(phase)
+                await expect(answer.locator(".waiting")).to_be_visible()
+            else:
+                await expect(answer.locator(".text")).to_contain_text("words")
+                await expect(answer.locator(".waiting")).to_be_hidden()
+                assert await answer.get_attribute("data-status") == "streaming"
 
 
 async def test_reload_in_mid_answer_goes_on(page: Page, page_url: str) -> None:

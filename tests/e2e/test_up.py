@@ -61,10 +61,10 @@ def gone(process: psutil.Process) -> bool:
 class Up:
     """A running ``capibara up``."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, *words: str, **variables: str) -> None:
         self.state, self.ready, self.log = folder / "state", folder / "ready.json", folder / "up.log"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CAPIBARA_")}
-        self.environment = environment | {"CAPIBARA_STATE": str(self.state)}
+        self.environment = environment | {"CAPIBARA_STATE": str(self.state)} | variables
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*CAPIBARA, "up", "--port", "0", "--ready-file", str(self.ready), *words],
@@ -106,8 +106,8 @@ class Up:
 
 
 @contextmanager
-def running(folder: Path, *words: str) -> Iterator[Up]:
-    up = Up(folder, *words)
+def running(folder: Path, *words: str, **variables: str) -> Iterator[Up]:
+    up = Up(folder, *words, **variables)
     try:
         yield up
     finally:
@@ -196,3 +196,24 @@ def test_the_local_model_answers_and_nothing_outlives_a_killed_supervisor(tmp_pa
         up.look()
         up.process.kill()
         up.all_gone()
+
+
+def test_a_passphrase_encrypts_what_it_keeps_and_is_told_to_the_broker_only(tmp_path, engine):
+    def words_kept() -> list[Path]:
+        return [path for path in (up.state / "nats" / "jetstream").rglob("*") if path.is_file() and b"capybara" in path.read_bytes()]
+
+    with running(tmp_path, "--engine", engine) as up:
+        up.ask(up.facts()["url"])
+        until(words_kept)
+    with running(tmp_path, "--engine", engine, CAPIBARA_NATS__STORE_KEY="one", CAPIBARA_NATS__SYNC="always") as up:
+        facts = up.facts()
+        assert "quick" in up.ask(facts["url"])
+        assert not words_kept()
+        told = [each.pid for each in up.family if not gone(each) and "one" in each.environ().get("CAPIBARA_NATS__STORE_KEY", "")]
+        assert told == [facts["pids"]["broker"]]
+    with running(tmp_path, "--engine", engine, CAPIBARA_NATS__STORE_KEY="another") as up:
+        assert up.process.wait(60) == 1
+        assert "is encrypted, with another passphrase" in up.said()
+    with running(tmp_path, "--engine", engine, CAPIBARA_NATS__SYNC="sometimes") as up:
+        assert up.process.wait(60) == 1
+        assert "CAPIBARA_NATS__SYNC" in up.said()

@@ -32,7 +32,7 @@ def fleet_file(engine: str, tmp_path: Path) -> Path:
 @pytest.fixture
 def settings(broker: EmbeddedBroker, fleet_file: Path) -> Settings:
     """Workers try again soon, and not often."""
-    return settings_for(broker, fleet_file, worker=WorkerSettings(retry_seconds=0.05, max_deliver=2))
+    return settings_for(broker, fleet_file, worker=WorkerSettings(retry_seconds=0.05, max_deliver=2, patience_seconds=0))
 
 
 async def completed(door: str, question: str, **body: Any) -> tuple[int, str]:
@@ -96,15 +96,13 @@ async def test_an_engine_that_was_busy_once_is_asked_again(door: str) -> None:
     assert stream[-2].data["attempts"] == 2
 
 
-async def test_half_an_answer_is_taken_back_and_given_anew(door: str) -> None:
+async def test_half_an_answer_is_gone_on_with(door: str) -> None:
     stream = await ask(door, message="stumbles once")
-    assert names(stream) == ["turn", "routed", "token", "reset", "token", "usage", "done"]
+    assert names(stream) == ["turn", "routed", "token", "continued", "token", "usage", "done"]
     assert text_of(stream) == "one two three four five"
     usage = stream[-2].data
     assert (usage["attempts"], usage["completion_tokens"]) == (2, 5)
-    # What the first attempt said and did not get stored before the fault is not counted.
-    assert usage["burnt_tokens"] == sum(each.name == "token" for each in stream) - 5
-    assert 1 <= usage["burnt_tokens"] <= 3
+    assert usage["burnt_tokens"] >= 5
 
 
 async def test_half_an_answer_is_no_whole_answer_either(door: str) -> None:
@@ -113,11 +111,12 @@ async def test_half_an_answer_is_no_whole_answer_either(door: str) -> None:
     assert json.loads(text)["choices"][0]["message"]["content"] == "one two three four five"
 
 
-async def test_openai_s_dialect_cannot_take_words_back_and_says_so(door: str) -> None:
+async def test_openai_s_dialect_has_no_word_for_going_on_and_needs_none(door: str) -> None:
     _, text = await completed(door, "stumbles once", stream=True)
-    assert '"code":"answer_reset"' in text
-    assert "[DONE]" not in text
-    assert "four" not in text
+    *chunks, end = (line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: "))
+    assert end == "[DONE]"
+    said = [choice["delta"].get("content") or "" for chunk in chunks for choice in json.loads(chunk)["choices"]]
+    assert "".join(said) == "one two three four five"
 
 
 async def test_a_reader_who_comes_later_sees_the_same_error(door: str) -> None:

@@ -1,6 +1,7 @@
 """A door in front of a whole installation: broker, router, caller, scripted engine."""
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -51,7 +52,7 @@ async def test_events_come_in_order_with_ids_that_rise(door: str, session: Clien
     assert stream[-1].id
     routed, usage, done = stream[1].data, stream[-2].data, stream[-1].data
     assert (routed["model_id"], routed["route_name"], routed["plan"]) == ("scripted", "default", ["caller"])
-    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["attempts"], usage["burnt_tokens"]) == (3, 7, 1, 0)
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["attempts"], usage["burnt_tokens"]) == (3, 7, 1, 7)
     assert (done["finish_reason"], done["model_id"]) == ("stop", "scripted")
     assert 0 <= done["timings"]["first_token_seconds"] <= done["timings"]["total_seconds"]
 
@@ -65,7 +66,7 @@ async def test_a_whole_answer_is_one_object(door: str, session: ClientSession) -
         answer = await response.json()
         assert response.headers["X-Capibara-Turn"] == answer["turn"]
     assert (answer["text"], answer["finish_reason"], answer["model_id"]) == (FRANCE, "stop", "scripted")
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 7, "burnt_tokens": 0, "attempts": 1}
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 7, "burnt_tokens": 7, "attempts": 1}
     assert answer["routed"]["route_name"] == "default"
 
 
@@ -129,6 +130,45 @@ async def test_several_readers_of_one_turn_each_get_everything(installation: Ins
         await response.read()
     assert {text_of(stream) for stream in streams} == {HUNDRED}
     assert all(names(stream) == ["routed", "token", "usage", "done"] for stream in streams)
+
+
+async def test_the_same_request_at_two_doors_at_once_is_one_run(installation: Installation, engine: str) -> None:
+    doors = [await installation.start_edge(), await installation.start_edge()]
+    before = (await counts(engine))["requests"]
+    body = {"message": "hundred"}
+
+    async def once(door: str) -> tuple[str, str, str | None]:
+        headers = {"Idempotency-Key": "once"}
+        async with ClientSession() as own, own.post(f"{door}/api/chat", json=body, headers=headers) as response:
+            stream = events(await response.text())
+            return stream[0].data["turn"], text_of(stream), response.headers.get("Idempotency-Replayed")
+
+    found = await asyncio.gather(*map(once, doors * 3))
+    assert {(turn, text) for turn, text, _ in found} == {(found[0][0], HUNDRED)}
+    assert sorted(replayed or "" for _, _, replayed in found) == ["", *["true"] * 5]
+    assert (await counts(engine))["requests"] == before + 1
+
+
+@pytest.mark.parametrize("place", [1, 3, 5])
+async def test_another_door_goes_on_in_openai_s_dialect(installation: Installation, session: ClientSession, place: int) -> None:
+    here, there = await installation.start_edge(), await installation.start_edge()
+    body = {"messages": [{"role": "user", "content": "hundred"}], "stream": True}
+    begun: list[str] = []
+    async with session.post(f"{here}/v1/chat/completions", json=body) as response:
+        turn = response.headers["X-Capibara-Turn"]
+        while len(begun) < place or "id: " not in begun[-1]:
+            begun.append((await response.content.readuntil(b"\n\n")).decode())
+        response.close()
+    after = re.findall(r"^id: (\d+)$", begun[-1], re.MULTILINE)[-1]
+    headers = {"Last-Event-ID": after}
+    async with session.get(f"{there}/v1/chat/completions/chatcmpl-{turn}/events", headers=headers) as response:
+        text = "".join(begun) + await response.text()
+    *chunks, end = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert end == "[DONE]"
+    parsed = [json.loads(each) for each in chunks]
+    assert "".join(each["choices"][0]["delta"].get("content") or "" for each in parsed) == HUNDRED
+    assert {each["model"] for each in parsed} == {"scripted"}
+    assert [each["choices"][0]["delta"].get("role") for each in parsed].count("assistant") == 1
 
 
 async def test_a_finished_turn_can_be_read_again_from_anywhere(installation: Installation, session: ClientSession) -> None:

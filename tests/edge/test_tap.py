@@ -302,17 +302,21 @@ async def test_whoever_gave_up_waiting_for_a_client_does_not_harm_what_is_writte
 async def test_what_a_resuming_client_has_is_not_tapped_again() -> None:
     memory = MemoryClient()
     turn = turn_id(milliseconds=int(time.time() * 1000), entropy=b"0123456789", tenant="anonymous")
+    said = [each.model_copy(update={"turn": turn}) for each in (*some(4), DONE)]
+    had = [memory.store([each]) for each in said[:2]]
     async with (
         client(NatsTurns(cast(TokenClient, memory), ())) as session,
-        session.get(f"/api/chat/{turn}/events", params={"after": memory.sequence(1)}) as response,
+        session.get(f"/api/chat/{turn}/events", params={"after": memory.sequence(had[-1])}) as response,
     ):
-        await until(lambda: len(memory.ears) == 1 and memory.asked)
+        await until(lambda: len(memory.ears) == 1 and memory.asked == 2)
         follower = follower_of(memory)
         await until(lambda: follower._waiting is not None)
-        memory.say(*(each.model_copy(update={"turn": turn}) for each in (*some(4), DONE)))
+        for place in had:
+            memory.deliver(place)
+        memory.say(*said[2:])
         found = events(await response.text())
     assert [each.id for each in found] == [str(memory.sequence(place)) for place in (2, 3, 4)]
-    assert memory.asked == 1
+    assert memory.asked == 2
 
 
 @pytest.mark.parametrize("after", [15, 99_999_999])

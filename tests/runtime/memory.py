@@ -31,7 +31,9 @@ class MemoryClient:
     ears: list[Subscription] = field(default_factory=list)
     asked: int = 0
     published: list[str] = field(default_factory=list)
+    sent: list[str] = field(default_factory=list)
     is_connected: bool = True
+    is_closed: bool = False
     max_payload: int = 8 * 1024 * 1024
 
     async def listen(self, subject: str, hear: Hear) -> Subscription:
@@ -56,14 +58,19 @@ class MemoryClient:
             self._answer(json.loads(payload), reply)
             await asyncio.sleep(0)
 
+    def send(self, subject: str, payload: bytes, *, reply: str, headers: bytes) -> None:
+        self.sent.append(subject)
+
     async def request(self, subject: str, payload: bytes = b"", **_: Any) -> Msg:
-        """What the stream's leader says of its last message."""
-        assert subject == "$JS.API.STREAM.MSG.GET.CF_OUT"
-        place = len(self.messages) - 1
-        last = (
-            {"message": {"seq": self.sequence(place), "data": base64.b64encode(self.messages[place]).decode()}} if self.messages else None
-        )
-        return Msg(cast(Any, self), data=json.dumps(last or {"error": {"err_code": 10037}}).encode())
+        """What the stream's leader says of one message, or of the last; there are no readers."""
+        asked = json.loads(payload)
+        places = range(len(self.messages)) if subject == "$JS.API.STREAM.MSG.GET.CF_OUT" else ()
+        found = [place for place in places if asked.get("seq", self.sequence(place)) == self.sequence(place)]
+        if not found:
+            return Msg(cast(Any, self), data=json.dumps({"error": {"err_code": 10037}}).encode())
+        data = base64.b64encode(self.messages[found[-1]]).decode()
+        message = {"subject": "?", "seq": self.sequence(found[-1]), "data": data}
+        return Msg(cast(Any, self), data=json.dumps({"message": message}).encode())
 
     def _answer(self, asked: dict[str, Any], reply: str) -> None:
         stored = [(self.sequence(place), data) for place, data in enumerate(self.messages)]

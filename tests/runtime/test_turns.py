@@ -154,6 +154,7 @@ async def test_following_a_long_answer_gives_all_of_it(rig: Rig, door: NatsTurns
 
 
 async def test_following_joins_what_is_stored_and_what_comes(rig: Rig, door: NatsTurns, never_idle: None):
+    await rig.ask("T1")
     async with (await rig.answers()).open("T1", "main") as answer, aclosing(await door.follow("T1")) as batches:
         await write(answer, *outputs(6)[:3])
         found = list(await anext(aiter(batches)))
@@ -430,6 +431,7 @@ async def test_a_reading_that_ended_leaves_nothing_behind(rig: Rig, door: NatsTu
 
 @pytest.mark.parametrize("opens", [True, False])
 async def test_a_reading_that_is_closed_early_leaves_nothing_behind(rig: Rig, door: NatsTurns, client: Line, opens: bool):
+    await rig.ask("T1")
     async with aclosing(await opened(door) if opens else await door.follow("T1")) as batches:
         await say(rig, token("a"), token("b"))
         await anext(aiter(batches))
@@ -443,6 +445,7 @@ async def test_a_reading_that_is_closed_early_leaves_nothing_behind(rig: Rig, do
 
 @pytest.mark.parametrize("opens", [True, False])
 async def test_a_reading_that_is_cancelled_leaves_nothing_behind(rig: Rig, door: NatsTurns, client: Line, opens: bool):
+    await rig.ask("T1")
     batches = await opened(door) if opens else await door.follow("T1")
     begun = asyncio.Event()
 

@@ -81,7 +81,7 @@ function ending({ state, stopper }, error) {
 function problemOf(error, state) {
   if (error instanceof Problem) {
     const { title, status, detail, retryable } = error;
-    return { kind: state.turn === null ? "refused" : "server", title, status, detail, retryable: retryable || status === 404 };
+    return { kind: state.turn === null ? "refused" : "server", title, status, detail, retryable: retryable || status === 404 || status === 410 };
   }
   if (error instanceof Lost) return { kind: "lost", retryable: true };
   if (error instanceof TypeError && state.turn === null) return { kind: "network", retryable: true };

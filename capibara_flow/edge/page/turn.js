@@ -2,12 +2,13 @@
  * What is known of one turn, as an object that is never changed, and how an event of its stream changes it.
  *
  * status: "waiting" (nothing said yet), "streaming", and the three ends: "done", "stopped", "failed".
+ * held is the reason why nothing goes on for now, until something does.
  * epoch grows whenever text that was already shown is taken back; while it stays, text only grows.
  * asked, firstAt, endedAt are milliseconds since 1970, so that they outlive a reload.
  */
 export const fresh = (model, asked) => ({
   status: "waiting", turn: null, model, epoch: 0, text: "", reasoning: "", tools: [], routed: null, usage: null, done: null, problem: null,
-  resets: 0, asked, firstAt: null, endedAt: null,
+  resets: 0, held: null, asked, firstAt: null, endedAt: null,
 });
 
 /** The same turn, to be told again from its first event. */
@@ -30,12 +31,16 @@ const EVENTS = {
   token: (state, data, now) => ({
     ...state,
     status: "streaming",
+    held: null,
     text: state.text + (data.text ?? ""),
     reasoning: state.reasoning + (data.reasoning ?? ""),
     firstAt: state.firstAt ?? now,
   }),
-  tool: (state, data, now) => ({ ...state, status: "streaming", tools: withFragment(state.tools, data), firstAt: state.firstAt ?? now }),
+  tool: (state, data, now) => ({
+    ...state, status: "streaming", held: null, tools: withFragment(state.tools, data), firstAt: state.firstAt ?? now,
+  }),
   reset: (state) => ({ ...state, text: "", reasoning: "", tools: [], resets: state.resets + 1, epoch: state.epoch + 1 }),
+  waiting: (state, data) => ({ ...state, held: data.reason ?? "" }),
   usage: (state, data) => ({ ...state, usage: data }),
   done: (state, data, now) => ({ ...state, status: CANCELLED.has(data.finish_reason) ? "stopped" : "done", done: data, endedAt: now }),
   error: (state, data, now) => fail(state, { kind: "server", ...data }, now),

@@ -102,11 +102,20 @@ export class TurnView {
   }
 
   #paintWaiting() {
-    const { status, text: words, reasoning } = this.#state;
-    const phase = this.phase ?? (status === "waiting" ? "waiting" : words === "" && reasoning !== "" ? "thinking" : null);
+    const { status, text: words } = this.#state;
+    const phase = this.#phase();
     this.waiting.hidden = ended(this.#state) || phase === null;
-    this.waiting.querySelector(".phase").textContent = phase === null ? "" : text(`phase.${phase}`);
+    this.waiting.querySelector(".phase").textContent = phase ?? "";
     this.box.classList.toggle("growing", status === "streaming" && words !== "");
+  }
+
+  /** What goes on while no words come, in words; null while they do. */
+  #phase() {
+    const { status, text: words, reasoning, held } = this.#state;
+    if (this.phase !== null) return text(`phase.${this.phase}`);
+    if (held) return text("phase.held", held);
+    if (status === "waiting") return text("phase.waiting");
+    return words === "" && reasoning !== "" ? text("phase.thinking") : null;
   }
 
   #paintCalls() {

@@ -1,0 +1,54 @@
+"""What a request says beside its body: where to go on, under which key it may be repeated, yes or no."""
+
+import hashlib
+from dataclasses import dataclass
+
+import orjson
+from aiohttp import web
+
+from capibara_flow.errors import BadRequest
+from topics.chat import ChatRequest
+
+IDEMPOTENCY_KEY, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
+_LONGEST_KEY = 255
+_YES, _NO = ("true", "1"), ("false", "0")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a turn shall be done: within *seconds*, *attended* or not, once under *key* (a hash) if there is one."""
+
+    seconds: float
+    attended: bool = False
+    key: str | None = None
+
+
+def resume_point(request: web.Request) -> int:
+    """The sequence to go on after; raises ``BadRequest``."""
+    given = request.headers.get("Last-Event-ID") or request.query.get("after") or "0"
+    if not (given.isascii() and given.isdigit() and len(given) < 19):
+        raise BadRequest("Last-Event-ID must be the id of an event of this turn")
+    return int(given)
+
+
+def flag(request: web.Request, name: str) -> bool:
+    """Whether the query says yes to *name*; raises ``BadRequest`` for what is neither yes nor no."""
+    given = request.query.get(name, "false").lower()
+    if given not in _YES + _NO:
+        raise BadRequest(f"{name} must be one of {', '.join(_YES + _NO)}")
+    return given in _YES
+
+
+def idempotency_key(request: web.Request, tenant: str) -> str | None:
+    """The hash of the request's ``Idempotency-Key`` among those of *tenant*, if it has one; raises ``BadRequest``."""
+    given = request.headers.get(IDEMPOTENCY_KEY)
+    if given is None:
+        return None
+    if not (0 < len(given) <= _LONGEST_KEY and given.isascii() and given.isprintable()):
+        raise BadRequest(f"{IDEMPOTENCY_KEY} must be 1 to {_LONGEST_KEY} printable ASCII characters")
+    return hashlib.sha256(orjson.dumps([tenant, given])).hexdigest()
+
+
+def digest(request: ChatRequest) -> str:
+    """What tells *request* from any other one, in whatever dialect and order of fields it was asked."""
+    return hashlib.sha256(orjson.dumps(request.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS)).hexdigest()

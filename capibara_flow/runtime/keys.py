@@ -1,0 +1,83 @@
+"""What an ``Idempotency-Key`` stands for: of all who come with one, the broker lets one turn in; the others find it there.
+
+A turn's claim to a key is a message below the key's hash, written on the condition that the last one there is what the writer believes:
+none, or one that counts no more.
+"""
+
+import asyncio
+import json
+import time
+
+from nats.errors import Error as NatsError
+
+from capibara_flow.domain.turns import created
+from capibara_flow.errors import BrokerUnavailable, KeyReused
+from capibara_flow.runtime.client import TokenClient, header
+from capibara_flow.runtime.lease import WRONG_SEQUENCE
+from capibara_flow.runtime.output import Stored, last_message
+from topics.streams import KEYS
+
+_BUCKET = "$" + KEYS.replace("_", ".", 1)
+_EXPECTED, _EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence", "Nats-Expected-Last-Subject-Sequence-Subject"
+#: JetStream's codes: the condition does not hold, or somebody else's write under the same condition is still on its way.
+_REFUSED = {WRONG_SEQUENCE, 10164}
+#: What removes a key (NATS ADR-8) and is soon gone itself: else a marker would follow when it ages out, behind whatever came after it.
+_REMOVED = {"KV-Operation": "PURGE", "Nats-Rollup": "sub", "Nats-TTL": "1s"}
+_RACES, _PAUSE = 20, 0.05
+_TIMEOUT = 5.0
+
+
+class Keys:
+    """The bucket of keys; a turn is over *turn_seconds* after it was created."""
+
+    def __init__(self, client: TokenClient, turn_seconds: float) -> None:
+        self._client = client
+        self._turn_seconds = turn_seconds
+
+    async def claim(self, key: str, digest: str, turn: str) -> str:
+        """See ``ports.Turns``. A turn that was never accepted, and is too old to be, holds its key no longer."""
+        expected, body = 0, json.dumps({"digest": digest}).encode()
+        for _ in range(_RACES):
+            if await self._write(key, turn, body, expected):
+                return turn
+            found = await last_message(self._client, _all(key), KEYS)
+            if found is None or _is_marker(found):
+                expected = found.sequence if found else 0
+                continue
+            owner = found.subject.rpartition(".")[2]
+            if json.loads(found.data)["digest"] != digest:
+                raise KeyReused("this Idempotency-Key came with another request before")
+            if not await self._never_was(owner):
+                return owner
+            await self._write(key, owner, b"", found.sequence, **_REMOVED)
+            await asyncio.sleep(_PAUSE)
+        raise BrokerUnavailable("too many come with this key at once; try again")
+
+    async def _never_was(self, turn: str) -> bool:
+        """Whether nothing came of *turn*, and nothing can any more."""
+        over = created(turn) + self._turn_seconds < time.time()
+        return over and await last_message(self._client, f"cf.out.{turn}.data.main") is None
+
+    async def _write(self, key: str, turn: str, body: bytes, expected: int, **headers: str) -> bool:
+        """Write of *key* and *turn* what follows the message *expected*; false when another one followed."""
+        condition = {_EXPECTED: str(expected), _EXPECTED_SUBJECT: _all(key)}
+        try:
+            reply = await self._client.request(f"{_BUCKET}.{key}.{turn}", body, timeout=_TIMEOUT, headers=condition | headers)
+        except (NatsError, TimeoutError) as error:
+            raise BrokerUnavailable(f"no key can be kept now: {error!r}") from error
+        refusal = json.loads(reply.data).get("error")
+        if refusal is None:
+            return True
+        if refusal.get("err_code") in _REFUSED:
+            return False
+        raise BrokerUnavailable(f"no key can be kept now: {refusal['description']}")
+
+
+def _all(key: str) -> str:
+    """The subjects of every turn that *key* has stood for."""
+    return f"{_BUCKET}.{key}.*"
+
+
+def _is_marker(message: Stored) -> bool:
+    """Whether *message* stands where a key was: it aged out, or was removed."""
+    return bool(header(message.headers, b"Nats-Marker-Reason") or header(message.headers, b"KV-Operation"))

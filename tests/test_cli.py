@@ -17,12 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientSession, web
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from capibara_flow import settings
+from capibara_flow import settings, wiring
 from capibara_flow.cli import fleets, state
 from capibara_flow.cli.app import app, expected
 from capibara_flow.cli.chat import EventReader, ServerEvent
@@ -31,10 +31,15 @@ from capibara_flow.cli.doctor import browser, examine
 from capibara_flow.cli.fleets import Served
 from capibara_flow.cli.supervisor import Stopped, Supervisor, free_port, is_free, local_get
 from capibara_flow.cli.up import Wish, understood
+from capibara_flow.domain.turns import belongs
+from capibara_flow.engines import scripted as engine
 from capibara_flow.engines import xllamacpp
+from capibara_flow.engines.script import load_script
 from capibara_flow.errors import CannotStart, EngineBusy
+from tests.conftest import Installation, settings_for
 from tests.webserver import serving
-from topics.chat import Sampling
+from topics.chat import CallExpert, ChatMessage, ChatRequest, RouteTurn, Sampling, TurnFailed
+from topics.message import PRINCIPAL, TENANT
 
 CAPIBARA = [sys.executable, "-m", "capibara_flow"]
 
@@ -67,7 +72,11 @@ def until(condition: Callable[[], object], seconds: float = 30):
 # --- shape -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", "up", "chat", "doctor", "edge", "worker", "engine scripted", "streams apply", "streams show"])
+COMMANDS = ["", "up", "chat", "doctor", "edge", "worker", "engine scripted", "streams apply", "streams show"]
+COMMANDS += ["dead", "dead list", "dead show", "dead retry", "erase"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command):
     result = run(*command.split(), "--help")
     assert result.exit_code == 0
@@ -422,6 +431,251 @@ def test_a_port_is_free_until_somebody_listens():
     assert is_free("127.0.0.1", port)
 
 
+# --- dead letters, and erasing -----------------------------------------------------------------------------------
+
+TURN, OTHER = ("01JD3Y4S0QK5M7C2V9N8X1B6TZHRWE4F"[:-1] + each for each in "AB")
+REQUEST = ChatRequest(messages=(ChatMessage(role="user", content="¿capital de Francia?"),))
+ACME = {TENANT: "acme", PRINCIPAL: "ana"}
+
+
+def letter(turn: str = TURN, stage: str = "router", body: str | None = None, detail: str = "no such thing") -> TurnFailed:
+    asked = RouteTurn(turn=turn, request=REQUEST).model_dump_json()
+    return TurnFailed(turn=turn, stage=stage, title="bad request", detail=detail, body=asked if body is None else body)
+
+
+async def posted(known: settings.Settings, *letters: TurnFailed, headers: dict[str, str]) -> None:
+    """Leave *letters* as a caller does."""
+    async with wiring.connected(known, "caller") as client:
+        for each in letters:
+            await client.jetstream().publish(each.subject, each.model_dump_json().encode(), headers=headers)
+
+
+def post(*letters: TurnFailed) -> None:
+    asyncio.run(posted(settings.load(), *letters, headers=ACME))
+
+
+def listed() -> list[dict]:
+    return json.loads(run("dead", "list", "--json").stdout)
+
+
+def held(stream: str) -> int:
+    async def look() -> int:
+        async with wiring.connected(settings.load(), "provisioner") as client:
+            return (await client.jetstream().stream_info(stream)).state.messages
+
+    return asyncio.run(look())
+
+
+@pytest.fixture
+def provisioned(monkeypatch, broker, tmp_path):
+    """A broker with its streams, that the environment tells of; nobody works there."""
+    (tmp_path / "f.toml").write_text(fleets.fleet_toml([Served("one", "http://127.0.0.1:9")]), encoding="utf-8")
+    monkeypatch.setenv("CAPIBARA_FLEET__FILE", str(tmp_path / "f.toml"))
+    for name, value in broker.environment().items():
+        monkeypatch.setenv(name, value)
+    assert run("streams", "apply").exit_code == 0
+    return broker
+
+
+def test_nothing_dead_says_so(provisioned):
+    result = run("dead", "list")
+    assert (result.exit_code, result.stdout) == (0, "no dead letters\n")
+    assert listed() == []
+
+
+def test_dead_letters_are_listed_the_newest_first(provisioned):
+    post(letter(), letter(OTHER, "caller", detail="it\nbroke \x1b[2J [red]off[/]"))
+    assert [(each["turn"], each["stage"], each["tenant"], each["principal"]) for each in listed()] == [
+        (OTHER, "caller", "acme", "ana"),
+        (TURN, "router", "acme", "ana"),
+    ]
+    shown = run("dead", "list").stdout
+    assert shown.index(OTHER) < shown.index(TURN)
+    assert "it broke \ufffd[2J [red]off[/]" in shown
+    assert shown.rstrip().endswith("2 in all")
+    some = run("dead", "list", "--limit", "1").stdout
+    assert (TURN in some, "1 of 2" in some) == (False, True)
+
+
+def test_a_dead_letter_is_shown_with_its_command(provisioned):
+    post(letter(), letter(stage="caller", body='{"turn": "cut off \x1b[2J'))
+    result = run("dead", "show", TURN)
+    first, _, second = result.stdout.partition(f"\n\nturn      {TURN}")
+    assert (result.exit_code, "\x1b" in result.stdout) == (0, False)
+    for fact in ("tenant    acme", "principal ana", "title     bad request", "detail    no such thing", "stage     router"):
+        assert fact in first
+    assert json.loads(first.partition("command\n")[2]) == RouteTurn(turn=TURN, request=REQUEST).model_dump(mode="json")
+    assert "¿capital de Francia?" in first
+    assert "cut off \ufffd[2J" in second
+
+
+@pytest.mark.parametrize("words", [["show", TURN], ["retry", TURN], ["show", "*"], ["retry", ">"]])
+def test_a_turn_without_dead_letters_is_told(provisioned, words):
+    post(letter(OTHER))
+    result = run("dead", *words)
+    assert (result.exit_code, f"no dead letter of {words[1]}" in result.stderr.replace("'", "")) == (1, True)
+    assert len(listed()) == 1
+
+
+def test_a_retry_is_asked_once(provisioned):
+    post(letter())
+    result = run("dead", "retry", TURN)
+    [new] = re.findall(r"asked again as (\w{32})", result.stdout)
+    assert result.exit_code == 0
+    assert belongs(new, "acme")
+    assert f"curl -N http://127.0.0.1:5001/api/chat/{new}/events -H 'Authorization: Bearer KEY'  (a key of acme)" in result.stdout
+    assert (held("CF_WORK_ROUTER"), held("CF_DEAD")) == (1, 0)
+    assert run("dead", "retry", TURN).exit_code == 1
+    assert held("CF_WORK_ROUTER") == 1
+
+
+def test_a_kept_letter_may_be_asked_again(provisioned):
+    post(letter())
+    assert [run("dead", "retry", TURN, "--keep").exit_code for _ in range(2)] == [0, 0]
+    assert (held("CF_WORK_ROUTER"), held("CF_DEAD")) == (2, 1)
+
+
+def test_of_several_letters_one_chooses(provisioned):
+    call = CallExpert(turn=TURN, expert="one", bucket=1, request=REQUEST, passed=3)
+    post(letter(), letter(stage="caller", body=call.model_dump_json()))
+    unclear = run("dead", "retry", TURN)
+    assert (unclear.exit_code, "2 dead letters (at caller, router)" in unclear.stderr) == (1, True)
+    assert run("dead", "retry", TURN, "--stage", "caller", "--keep").stdout.count("asked again") == 1
+    assert (held("CF_WORK_ROUTER"), held("CF_WORK_CALL")) == (0, 1)
+    assert run("dead", "retry", TURN, "--all").stdout.count("asked again") == 2
+    assert (held("CF_WORK_ROUTER"), held("CF_WORK_CALL"), held("CF_DEAD")) == (1, 2, 0)
+
+
+def test_of_several_letters_none_is_asked_when_one_cannot_be(provisioned):
+    post(letter(), letter(stage="caller", body='{"turn": "cut off'))
+    result = run("dead", "retry", TURN, "--all")
+    assert (result.exit_code, f"the letter of {TURN} at caller keeps no whole command" in result.stderr) == (1, True)
+    assert (held("CF_WORK_ROUTER"), held("CF_DEAD")) == (0, 2)
+
+
+def test_a_full_queue_keeps_what_was_not_asked(provisioned):
+    async def narrow() -> None:
+        async with wiring.connected(settings.load(), "provisioner") as client:
+            config = (await client.jetstream().stream_info("CF_WORK_ROUTER")).config
+            config.max_msgs = 1
+            await client.jetstream().update_stream(config)
+
+    asyncio.run(narrow())
+    post(letter(), letter(OTHER))
+    assert run("dead", "retry", TURN).exit_code == 0
+    result = run("dead", "retry", OTHER)
+    assert (result.exit_code, result.stderr.startswith("error: too many turns are waiting")) == (1, True)
+    assert [each["turn"] for each in listed()] == [OTHER]
+
+
+def test_dead_letters_need_their_roles(provisioned, monkeypatch):
+    monkeypatch.setenv("CAPIBARA_NATS__PASSWORDS__OBSERVER", "wrong")
+    assert "check CAPIBARA_NATS__PASSWORDS__OBSERVER" in run("dead", "list").stderr
+    monkeypatch.setenv("CAPIBARA_NATS__PASSWORDS__PROVISIONER", "wrong")
+    for words in (["dead", "retry", TURN], ["erase", TURN]):
+        assert "check CAPIBARA_NATS__PASSWORDS__PROVISIONER" in run(*words).stderr
+
+
+def test_erasing_removes_a_turn_and_says_how_much_that_was(provisioned):
+    post(letter(), letter(stage="caller"), letter(OTHER))
+    result = run("erase", TURN)
+    assert (result.exit_code, result.stdout) == (0, f"{TURN}: 2 messages are gone\n")
+    assert run("erase", TURN, "--yes").stdout == f"{TURN}: nothing was kept of it\n"
+    assert [each["turn"] for each in listed()] == [OTHER]
+    assert (run("erase", "*").exit_code, len(listed())) == (1, 1)
+
+
+@pytest.mark.parametrize(("answer", "left"), [(b"n\n", 1), (b"y\n", 0)])
+def test_on_a_terminal_erasing_asks_first(provisioned, answer, left):
+    post(letter())
+    ours, theirs = pty.openpty()
+    erasing = subprocess.Popen([*CAPIBARA, "erase", TURN], stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    os.close(theirs)
+    os.write(ours, answer)
+    out, err = erasing.communicate(timeout=60)
+    os.close(ours)
+    assert b"for good?" in out + err
+    assert (erasing.returncode, held("CF_DEAD")) == (left, left)
+
+
+RECOVERS = """
+[[answer]]
+when = "capital"
+text = "Paris."
+fail = { before = 400, times = 1 }
+"""
+
+
+@pytest.fixture
+async def recovering(broker, tmp_path):
+    """Everything of `up`, with an engine that refuses the first question; the address of its door, and its settings."""
+    (tmp_path / "s.toml").write_text(RECOVERS, encoding="utf-8")
+    runner, url = await engine.serve(load_script(tmp_path / "s.toml"))
+    (tmp_path / "f.toml").write_text(fleets.fleet_toml([Served("one", url)]), encoding="utf-8")
+    known = settings_for(broker, tmp_path / "f.toml")
+    await wiring.apply_streams(known)
+    installation = Installation(known, url)
+    try:
+        for name in ("router", "caller"):
+            await installation.start_worker(name)
+        door = await installation.start_edge()
+        facts = {"pid": os.getpid(), "url": door, "environment": broker.environment()}
+        (tmp_path / "state").mkdir()
+        (tmp_path / "state" / state.FILE).write_text(json.dumps(facts), encoding="utf-8")
+        yield door, known
+    finally:
+        await installation.aclose()
+        await runner.cleanup()
+
+
+async def capibara(*words: str) -> str:
+    """What the command prints, as who has set nothing but has an `up` running."""
+    done = await asyncio.to_thread(subprocess.run, [*CAPIBARA, *words], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+async def answer_to(told: str) -> str:
+    """The answer that the words of `dead retry` lead to."""
+    [url] = re.findall(r"curl -N (\S+)", told)
+    async with ClientSession() as session, session.get(url) as response:
+        events = EventReader().feed(await response.read())
+    assert events[-1].name == "done"
+    return "".join(event.data["text"] for event in events if event.name == "token")
+
+
+async def test_a_turn_that_failed_is_answered_when_it_is_retried(recovering):
+    door, _ = recovering
+    async with ClientSession() as session:
+        body = {"messages": [{"role": "user", "content": "capital of France"}]}
+        async with session.post(f"{door}/api/chat", json=body) as response:
+            turn, events = response.headers["X-Capibara-Turn"], EventReader().feed(await response.read())
+        assert events[-1].name == "error"
+        found: list = []
+        while not found:
+            found = json.loads(await capibara("dead", "list", "--json"))
+        assert [(each["turn"], each["stage"]) for each in found] == [(turn, "caller")]
+        assert "capital of France" in await capibara("dead", "show", turn)
+        told = await capibara("dead", "retry", turn)
+        assert await answer_to(told) == "Paris."
+        assert await capibara("dead", "list") == "no dead letters\n"
+        [again] = re.findall(r"asked again as (\w+)", told)
+        assert "messages are gone" in await capibara("erase", again)
+        async with session.get(f"{door}/api/chat/{again}/events") as response:
+            assert response.status in {404, 410}
+
+
+async def test_what_the_router_gave_up_is_routed_when_it_is_retried(recovering):
+    door, known = recovering
+    await posted(known, letter(), headers={TENANT: "anonymous", PRINCIPAL: "anonymous:127.0.0.1"})
+    async with (
+        ClientSession() as session,
+        session.post(f"{door}/api/chat", json={"messages": [{"role": "user", "content": "capital"}]}) as first,
+    ):
+        await first.read()  # the one that the engine refuses
+    assert await answer_to(await capibara("dead", "retry", TURN)) == "Paris."
+
+
 # --- chat --------------------------------------------------------------------------------------------------------
 
 
@@ -527,6 +781,14 @@ def test_chat_shows_a_reset():
     with serving(edge.routes) as url:
         result = run("chat", "hi", "--url", url)
     assert (result.stdout, "starts again: again" in result.stderr) == ("wrong\nright\n", True)
+
+
+def test_chat_tells_what_it_waits_for_and_leaves_out_what_it_does_not_know():
+    waiting, unknown = sse("waiting", 2, reason="the engine is busy", attempt=2), sse("continued", 3, how="skip", expert="a", attempt=3)
+    edge = FakeEdge([sse("turn"), sse("token", 1, text="one"), waiting, unknown, sse("token", 4, text=" two"), DONE])
+    with serving(edge.routes) as url:
+        result = run("chat", "hi", "--url", url)
+    assert (result.stdout, result.stderr) == ("one two\n", "waiting: the engine is busy\n")
 
 
 def test_chat_tells_refusals():

@@ -79,9 +79,14 @@ app = typer.Typer(
 )
 engine_app = typer.Typer(help="Engines that come with Capibara.", no_args_is_help=True)
 streams_app = typer.Typer(help="The streams on the broker.", no_args_is_help=True)
+dead_app = typer.Typer(
+    help="Dead letters: what a stage gave up, kept for a day so that it can be looked at and asked again.", no_args_is_help=True
+)
 app.add_typer(engine_app, name="engine")
 app.add_typer(streams_app, name="streams")
+app.add_typer(dead_app, name="dead")
 
+TurnId = Annotated[str, typer.Argument(metavar="TURN", help="A turn's id, as `capibara dead list` or the stream of its answer tells it.")]
 State = Annotated[Path, typer.Option(help="The state folder of `capibara up`.", envvar="CAPIBARA_STATE")]
 
 
@@ -241,3 +246,96 @@ def streams_show(state: State = DEFAULT_STATE) -> None:
         cells = (row["name"], "\n".join(row["subjects"]), str(row["messages"]), str(row["bytes"]), str(row["age"]), readers)
         table.add_row(*map(escape, cells))
     Console().print(table)
+
+
+@dead_app.command("list")
+def dead_list(
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    state: State = DEFAULT_STATE,
+) -> None:
+    """List the dead letters, the newest first.
+
+    Examples: `capibara dead list`, `capibara dead list --limit 500 --json`.
+    """
+    adopt(state)
+    settings = _reached("observer")
+    import asyncio
+    import json
+
+    from capibara_flow.cli import dead
+
+    letters, total = asyncio.run(dead.newest(settings, limit))
+    if as_json:
+        typer.echo(json.dumps([dead.row(each) for each in letters], indent=1))
+    elif letters:
+        Console(width=None if sys.stdout.isatty() else dead.PIPE_WIDTH).print(dead.table(letters))
+        typer.echo(f"{len(letters)} of {total}: --limit shows more" if total > len(letters) else f"{total} in all")
+    else:
+        typer.echo("no dead letters")
+
+
+@dead_app.command("show")
+def dead_show(turn: TurnId, state: State = DEFAULT_STATE) -> None:
+    """Show the dead letters of a turn: whose it was, why it was given up, and the command that was not done.
+
+    Example: `capibara dead show 01JD3Y4S0QK5M7C2V9N8X1B6TZHRWE4F`.
+    """
+    adopt(state)
+    settings = _reached("observer")
+    import asyncio
+
+    from capibara_flow.cli import dead
+
+    typer.echo("\n\n".join(map(dead.page, asyncio.run(dead.of(settings, turn)))))
+
+
+@dead_app.command("retry")
+def dead_retry(
+    turn: TurnId,
+    stage: Annotated[str | None, typer.Option(help="Only the letter of this stage.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All letters of the turn, each as a turn of its own.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the letter although it was asked again.")] = False,
+    state: State = DEFAULT_STATE,
+) -> None:
+    """Ask what a dead letter keeps again, as a new turn of the same tenant with a new deadline.
+
+    The old turn has told its client that it failed; the new one is answered in the background. The letter is removed once it is accepted.
+
+    Examples: `capibara dead retry TURN`, `capibara dead retry TURN --stage caller --keep`.
+    """
+    here = running(state) if adopt(state) else None
+    settings = _reached("provisioner")
+    import asyncio
+
+    from capibara_flow.cli import dead
+
+    asked, error = asyncio.run(dead.retry(settings, turn, stage, every=every, keep=keep))
+    for each in asked:
+        typer.echo(dead.told(each, here["url"] if here else dead.door(settings)))
+        if each.kept and not keep:
+            typer.echo("  its letter could not be removed: another retry would ask it once more", err=True)
+    if error:
+        raise error
+
+
+@app.command()
+def erase(
+    turn: TurnId,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    state: State = DEFAULT_STATE,
+) -> None:
+    """Stop a turn and remove every trace of it: question, answer, log and dead letters. There is no way back.
+
+    Example: `capibara erase 01JD3Y4S0QK5M7C2V9N8X1B6TZHRWE4F --yes`.
+    """
+    adopt(state)
+    settings = _reached("provisioner")
+    if not yes and sys.stdin.isatty():
+        typer.confirm(f"Remove {turn} for good?", abort=True)
+    import asyncio
+
+    from capibara_flow.cli import dead
+
+    gone = asyncio.run(dead.erased(settings, turn))
+    typer.echo(f"{turn}: {gone} messages are gone" if gone else f"{turn}: nothing was kept of it")

@@ -22,14 +22,14 @@ from capibara_flow.cli.children import Child
 from capibara_flow.cli.supervisor import Stopped, Supervisor, free_port, is_free, local_get
 from capibara_flow.engines import weights
 from capibara_flow.errors import CannotStart, CapibaraError
-from capibara_flow.runtime.embedded import EmbeddedBroker
+from capibara_flow.runtime.embedded import KEY_VARIABLE, SYNC_VARIABLE, USUAL_SYNC, EmbeddedBroker
 
 MODEL_SECONDS = 300.0
 READY_SECONDS = 90.0
 STREAMS_SECONDS = 60.0
 WORKERS_GRACE_SECONDS = 2.0
 # Nobody is given more of the broker than its part needs.
-ROLES = {"streams": ("provisioner",), "workers": ("router", "caller"), "edge": ("edge",), "engine": ()}
+ROLES = {"streams": ("provisioner",), "workers": ("router", "caller", "undertaker"), "edge": ("edge",), "engine": ()}
 MODEST = "SmolLM2-135M: proves the pipeline, not answer quality. Bring a better one with --model FILE.gguf or --engine URL."
 
 Say = Callable[[str], None]
@@ -79,7 +79,7 @@ class Run:
         model = self._model() if self.wish.serves_model else None
         self._require_somebody()
         with self.step("broker") as say:
-            broker = EmbeddedBroker(self.wish.state / "nats")
+            broker = self._broker()
             self.supervisor.start_broker(broker)
             say(broker.url)
         engine = self._start_engine(*model) if model else None
@@ -95,6 +95,11 @@ class Run:
         if engine:
             self._await_engine(engine)
         self._start_turns()
+
+    def _broker(self) -> EmbeddedBroker:
+        # Taken out of the environment: no child has any business with the key of the store.
+        key = os.environ.pop(KEY_VARIABLE, "")
+        return EmbeddedBroker(self.wish.state / "nats", store_key=key, sync=os.environ.get(SYNC_VARIABLE, USUAL_SYNC))
 
     def apply_streams(self) -> None:
         """Declare the streams, in a process of its own: what it loads is not to stay in this one."""
@@ -259,7 +264,11 @@ class Run:
 
 
 def become(wish: Wish) -> NoReturn:
-    """Turn this process into the supervisor of *wish*."""
+    """Turn this process into the supervisor of *wish*; raises ``SettingsError``, rather than let each child say so in its log."""
+    from capibara_flow import settings  # noqa: PLC0415  what it loads ends with this program
+
+    nats = settings.load().nats
+    os.environ |= {SYNC_VARIABLE: nats.sync} | ({KEY_VARIABLE: nats.store_key.get_secret_value()} if nats.store_key else {})
     words = json.dumps(asdict(wish), default=str)
     os.execv(sys.executable, [sys.executable, "-m", "capibara_flow.cli.up", words])  # noqa: S606  no shell is wanted
 

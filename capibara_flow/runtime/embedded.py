@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sysconfig
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -21,9 +22,14 @@ from capibara_flow.errors import CannotStart
 from capibara_flow.runtime.leash import leashed
 
 PASSWORD_VARIABLE = "CAPIBARA_NATS__PASSWORDS__"  # noqa: S105  a name, not a password
+KEY_VARIABLE, SYNC_VARIABLE = "CAPIBARA_NATS__STORE_KEY", "CAPIBARA_NATS__SYNC"
+#: How often a server forces what it stored to the disk unless it is told otherwise.
+USUAL_SYNC = "2m"
 _ROLE = re.compile(rf"\$\{{?{PASSWORD_VARIABLE}(\w+)")
 #: For Go's scheduler. On one thread a token at a common pace costs the broker a quarter less: nobody has to be woken for it.
 _ONE_THREAD = {"GOMAXPROCS": "1"}
+#: What a server says of a stream whose key it does not have.
+_UNREADABLE = b"Error decrypting our stream metafile"
 
 
 def find_server() -> str:
@@ -74,17 +80,35 @@ def last_lines(path: Path, count: int = 15) -> str:
         return ""
 
 
+def variables(passwords: Mapping[str, str], *, store_key: str = "", sync: str = USUAL_SYNC) -> dict[str, str]:
+    """What nats.conf finds in the environment: *passwords* by role, the passphrase of the store, when it is forced to the disk."""
+    # In quotes: as bare words some passphrases would be numbers, and `2m` two million seconds.
+    own = {KEY_VARIABLE: _quoted(store_key), SYNC_VARIABLE: _quoted(sync)}
+    return own | {_variable(role): password for role, password in passwords.items()}
+
+
 class EmbeddedBroker:
     """``nats-server`` on a free port of this machine, as long as the ``with`` block or this process lives.
 
     *store_dir* holds its data, its log and a lock: two brokers on one store would destroy it. *config* is a nats.conf;
     each ``$CAPIBARA_NATS__PASSWORDS__ROLE`` in it gets a fresh random password. The port is chosen at the first start
     and kept over ``restart``. Raises ``CannotStart``. Use it from a thread that outlives it (see ``leash``).
+
+    With a *store_key*, a passphrase, its data is encrypted, and data that was there in plain words becomes so. *sync* says when
+    what was acknowledged is forced to the disk: ``always``, or an interval.
     """
 
     host = "127.0.0.1"
 
-    def __init__(self, store_dir: Path, *, config: Path | None = None, start_seconds: float = 30) -> None:
+    def __init__(
+        self,
+        store_dir: Path,
+        *,
+        config: Path | None = None,
+        store_key: str = "",
+        sync: str = USUAL_SYNC,
+        start_seconds: float = 30,
+    ) -> None:
         self.store_dir = store_dir.absolute()
         self.log = self.store_dir / "nats-server.log"
         self.port = 0
@@ -92,7 +116,13 @@ class EmbeddedBroker:
         self._start_seconds = start_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: IO[bytes] | None = None
-        self.passwords = {role: _password() for role in _roles(self._config)}
+        text = _text(self._config)
+        self.passwords = {role: _password() for role in _roles(text)}
+        self._encrypted = bool(store_key)
+        self._variables = variables(self.passwords, store_key=store_key, sync=sync)
+        for name, asked in ((KEY_VARIABLE, self._encrypted), (SYNC_VARIABLE, sync != USUAL_SYNC)):
+            if asked and f"${name}" not in text:
+                raise CannotStart(f"{name} would have no effect: {self._config} does not mention it")
 
     def __enter__(self) -> Self:
         try:
@@ -156,9 +186,10 @@ class EmbeddedBroker:
         assert self._lock is not None, "start before restart"  # noqa: S101  a programming error
         arguments = ["-c", str(self._config), "-a", self.host, "-p", str(self.port or -1)]
         arguments += ["-sd", str(self.store_dir), "--ports_file_dir", str(self.store_dir)]
+        begin = log.tell()
         self._process = subprocess.Popen(  # noqa: S603  the binary that find_server chose
             leashed([server, *arguments]),
-            env=_ONE_THREAD | os.environ | {_variable(role): password for role, password in self.passwords.items()},
+            env=_ONE_THREAD | os.environ | self._variables,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -172,6 +203,18 @@ class EmbeddedBroker:
                 self._end(signal.SIGKILL)
                 raise CannotStart(f"the broker did not start; its log, {self.log}, ends with:\n{last_lines(self.log)}")
             time.sleep(0.005)
+        self._refuse_another_key(begin)
+
+    def _refuse_another_key(self, begin: int) -> None:
+        """A server leaves data that it cannot decrypt aside, and would begin anew beside it; *begin* is where its log does."""
+        if _UNREADABLE not in self.log.read_bytes()[begin:]:
+            return
+        self._end(signal.SIGTERM)
+        fault = "with another passphrase than that of" if self._encrypted else "and there is no"
+        raise CannotStart(
+            f"{self.store_dir} is encrypted, {fault} {KEY_VARIABLE}: set it to the one that it was made with, "
+            "or choose another folder with --state"
+        )
 
     def _listening(self) -> bool:
         try:
@@ -209,12 +252,20 @@ class EmbeddedBroker:
             self._process.wait()
 
 
-def _roles(config: Path) -> list[str]:
+def _text(config: Path) -> str:
     try:
-        text = config.read_text(encoding="utf-8")
+        return config.read_text(encoding="utf-8")
     except OSError as error:
         raise CannotStart(f"{config}: cannot be read: {error.strerror}") from error
+
+
+def _roles(text: str) -> list[str]:
     return sorted({role.lower() for role in _ROLE.findall(text)})
+
+
+def _quoted(value: str) -> str:
+    """*value* as a string of nats.conf."""
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _variable(role: str) -> str:

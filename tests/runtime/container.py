@@ -13,7 +13,7 @@ from testcontainers.core.docker_client import DockerClient
 
 from capibara_flow.cli.supervisor import free_port
 from capibara_flow.errors import CannotStart
-from capibara_flow.runtime.embedded import PASSWORD_VARIABLE, greeting
+from capibara_flow.runtime.embedded import greeting, variables
 from capibara_flow.settings import ROLES
 
 #: The server that the embedded broker is, too; its package counts as the server does.
@@ -52,8 +52,8 @@ class ContainerBroker:
             .with_volume_mapping(config.resolve(), CONFIG, "ro")
             .with_bind_ports(PORT, free_port("127.0.0.1"))
         )
-        for role, password in self.passwords.items():
-            self._container.with_env(f"{PASSWORD_VARIABLE}{role.upper()}", password)
+        for name, value in variables(self.passwords).items():
+            self._container.with_env(name, value)
 
     def __enter__(self) -> Self:
         try:

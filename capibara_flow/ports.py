@@ -120,6 +120,10 @@ class Answers(Protocol):
         """Take the branch over; raises ``LeaseLost`` when a race for it is lost."""
         ...
 
+    async def erased(self, turn: str) -> bool:
+        """Whether *turn* was erased, so that nobody may say or keep anything of it; raises ``BrokerUnavailable``."""
+        ...
+
     async def stopping(self, turn: str) -> bool:
         """Whether somebody asked *turn* to stop; raises ``BrokerUnavailable``."""
         ...
@@ -184,15 +188,20 @@ class Turns(Protocol):
         """
         ...
 
-    async def claim(self, key: str, digest: str, turn: str) -> str:
-        """The turn that *key* (a hash) stands for: *turn*, unless it stood for another one with the same *digest* of the request.
+    async def claim(self, key: str, digest: str, turn: str, deadline: float) -> tuple[str, float]:
+        """The turn that *key* (a hash) stands for, and its deadline: *turn*, unless it stood for one with the same *digest* of the request.
 
-        Raises ``KeyReused`` when that had another digest, and ``BrokerUnavailable``.
+        A turn whose deadline has passed before anything came of it stands aside. Raises ``KeyReused`` when the key stood for another
+        digest, and ``BrokerUnavailable``.
         """
         ...
 
     async def exists(self, turn: str) -> bool:
         """Whether anything is known of *turn*."""
+        ...
+
+    async def known(self, turn: str) -> bool:
+        """Whether output of *turn* is stored, or somebody may still make some; raises ``BrokerUnavailable``."""
         ...
 
     async def cancel(self, turn: str, reason: str) -> None:

@@ -124,7 +124,8 @@ async def _undertaker_needs(settings: Settings, client: TokenClient, stack: Asyn
     stack.push_async_callback(absences.stop)
     # Every stream that there can be: a log may have been kept before it was switched off.
     erasing = partial(erase, client, streams=[stream.name for stream in Layout().streams], retry_seconds=settings.worker.retry_seconds)
-    return {"consumer": _tuned(undertaker_consumer(), settings), "erase": erasing}
+    # A signal has no deadline of its own.
+    return {"consumer": _tuned(undertaker_consumer(), settings), "erase": erasing, "patience_seconds": settings.log.turn_age_seconds}
 
 
 _OWN_NEEDS = {"router": _router_needs, "caller": _caller_needs, "undertaker": _undertaker_needs}
@@ -139,7 +140,7 @@ async def _edge(settings: Settings) -> None:
 def door(settings: Settings, client: TokenClient) -> Door:
     """The door onto the broker of *client*."""
     edge, turn_age = settings.edge, settings.log.turn_age_seconds
-    ages = {"abandon_seconds": edge.abandon_seconds, "turn_age": turn_age, "turn_seconds": edge.turn_seconds}
+    ages = {"abandon_seconds": edge.abandon_seconds, "turn_age": turn_age}
     return Door(NatsTurns(client, consumers(settings), **ages), settings.experts, edge, settings.auth, turn_age)
 
 

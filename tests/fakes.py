@@ -116,6 +116,9 @@ class FakeAnswers:
         finally:
             said += answer.outputs
 
+    async def erased(self, turn: str) -> bool:
+        return False
+
     async def stopping(self, turn: str) -> bool:
         return self._cancelled
 
@@ -160,7 +163,7 @@ class FakeTurns:
         self.opened: list[tuple[RouteTurn, Identity, float]] = []
         self.attended: set[str] = set()
         self.followed: list[tuple[str, int]] = []
-        self.keys: dict[str, tuple[str, str]] = {}
+        self.keys: dict[str, tuple[str, str, float]] = {}
         self.cancelled: list[str] = []
         self.stored: set[str] = set()
         self.missing: dict[str, str] = {}
@@ -196,13 +199,16 @@ class FakeTurns:
         finally:
             self.closed += 1
 
-    async def claim(self, key: str, digest: str, turn: str) -> str:
-        owner, known = self.keys.setdefault(key, (turn, digest))
+    async def claim(self, key: str, digest: str, turn: str, deadline: float) -> tuple[str, float]:
+        owner, known, until = self.keys.setdefault(key, (turn, digest, deadline))
         if known != digest:
             raise KeyReused("this Idempotency-Key came with another request before")
-        return owner
+        return owner, until
 
     async def exists(self, turn: str) -> bool:
+        return turn in self.stored
+
+    async def known(self, turn: str) -> bool:
         return turn in self.stored
 
     async def cancel(self, turn: str, reason: str) -> None:

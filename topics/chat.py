@@ -149,6 +149,10 @@ class CallExpert(Command):
         return f"{self.turn}:call:{self.branch}:{self.passed}"
 
 
+#: Why a turn is stopped whose deadline has passed: it ends with an error.
+EXPIRED = "expired"
+
+
 class CancelTurn(Signal):
     """Stop this turn wherever it is."""
 

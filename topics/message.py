@@ -11,7 +11,7 @@ TENANT, PRINCIPAL, DEADLINE, TRACE = "Cf-Tenant", "Cf-Principal", "Cf-Deadline",
 class Part(BaseModel):
     """A piece of a message: frozen, and closed to unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)  # inputs are people's words, errors go to logs
 
 
 class Message(Part):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from topics.chat import Decision
 from topics.message import Event
@@ -13,7 +13,9 @@ class Output(Event):
     """Base of the output events; ``event`` names it on the stream of the client."""
 
     pattern: ClassVar[str] = "cf.out.{turn}.data.{branch}"
+    #: Whether nothing comes behind it, and whether it counts only as long as nobody has begun to answer.
     final: ClassVar[bool] = False
+    opening: ClassVar[bool] = False
     event: str
 
     @property
@@ -29,6 +31,7 @@ class Output(Event):
 class Routed(Output):
     """Which expert answers, and what will be done for it."""
 
+    opening: ClassVar[bool] = True
     event: Literal["routed"] = "routed"
     model_id: str
     route_name: str
@@ -78,16 +81,17 @@ class Continued(Output):
 
 
 class Waiting(Output):
-    """Nothing goes on for now, for this *reason*; it is tried again."""
+    """Nothing goes on for now at *stage*, for this *reason*; it is tried again."""
 
     event: Literal["waiting"] = "waiting"
+    stage: str
     reason: str
     attempt: int
 
     @property
     def dedupe(self) -> str:
         """Told once for each attempt."""
-        return f"{self.turn}:waiting:{self.attempt}"
+        return f"{self.turn}:waiting:{self.stage}:{self.attempt}"
 
 
 class Usage(Output):
@@ -140,6 +144,14 @@ def event_of(line: bytes) -> str:
     """The name of the event on *line*, without parsing it: the turn's id, which stands before it, has no quotes."""
     start = line.index(_MARK) + len(_MARK)
     return line[start : line.index(b'"', start)].decode()
+
+
+def known(line: bytes) -> Output | None:
+    """Read one line; none when it is not an output event of this version: a newer one may have others."""
+    try:
+        return parse(line)
+    except ValidationError:
+        return None
 
 
 def parse(line: bytes) -> Output:

@@ -1,5 +1,6 @@
 """The JetStream streams and consumers as data; ``capibara streams apply`` makes a broker agree with them."""
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -74,7 +75,9 @@ class Layout:
                 direct=True,
                 republish=("cf.out.*.data.*", "cf.live.{{wildcard(1)}}.{{wildcard(2)}}"),
             ),
-            Stream("CF_CTL", ("cf.ctl.*.cancel",), "limits", self.turn_age, -1, 2 * share, max_per_subject=1, direct=True),
+            Stream(
+                "CF_CTL", ("cf.ctl.*.cancel", "cf.ctl.*.erased"), "limits", self.turn_age, -1, 2 * share, max_per_subject=1, direct=True
+            ),
             Stream("CF_DEAD", ("cf.dead.*.*",), "limits", self.dead_age, 100_000, 4 * share, direct=True),
             Stream(READERS, ("$KV.CF_READERS.*",), "limits", self.turn_age, -1, share, bucket=True, max_per_subject=1, direct=True),
             Stream(KEYS, ("$KV.CF_KEYS.*.*",), "limits", self.turn_age, -1, share, bucket=True, max_per_subject=1, direct=True),
@@ -111,6 +114,11 @@ def absence_consumer() -> Consumer:
 def reader_key(turn: str) -> str:
     """Where the lease of the readers of *turn* is."""
     return f"$KV.CF_READERS.{turn}"
+
+
+def erased_mark(turn: str) -> str:
+    """Where it stands that *turn* was erased; only who knows the turn finds it, and nothing can be read from it."""
+    return f"cf.ctl.{hashlib.sha256(f'erased:{turn}'.encode()).hexdigest()[:32]}.erased"
 
 
 def traces(turn: str) -> tuple[str, ...]:

@@ -10,10 +10,10 @@ from faststream.nats import NatsBroker
 
 from capibara_flow.domain.answering import Account
 from capibara_flow.domain.continuing import Held, Way, continuing, held, limited, tokens_left, way_on
-from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineUnreachable, UnknownExpert
+from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineUnreachable, QueueFull, UnknownExpert
 from capibara_flow.ports import Answer, Answers, ChatEngine, Finish, Piece
 from capibara_flow.runtime.hops import Stage
-from capibara_flow.runtime.work import attempt, tries
+from capibara_flow.runtime.work import attempt, seconds_left, tries
 from capibara_flow.telemetry import FIRST_TOKEN_SECONDS, TOKENS
 from topics.chat import CallExpert
 from topics.flow import hop
@@ -39,16 +39,20 @@ def build(
     async def call(command: CallExpert) -> None:
         if command.expert not in engines:
             raise UnknownExpert(f"this caller does not serve {command.expert}")
-        if command.passed > len(command.alternatives):
-            await asyncio.sleep(retry_seconds)  # nobody could be reached the last time round
         attempted = Attempt(command, engines[command.expert], clock)
         try:
             async with answers.open(command.turn, command.branch) as answer:
                 await attempted.run(answer)
         except (EngineUnreachable, EngineBusy, EngineBroke) as error:
-            if attempted.account is None or not _out_of_reach(command, error):
+            if attempted.account is None or not _out_of_reach(command, error, 2 * retry_seconds):
                 raise
-            await stage.say(passed_on(command), attempted.account.event(clock(), f"passed on: {error.title}"))
+            if command.passed >= len(command.alternatives):  # all have been asked
+                await stage.say(stage.waiting(command.turn, error, command.passed))
+                await asyncio.sleep(retry_seconds)
+            try:
+                await stage.say(passed_on(command), attempted.account.event(clock(), f"passed on: {error.title}"))
+            except QueueFull:
+                raise error from None  # so it stays here, and is tried again
         else:
             if attempted.account is not None:
                 await stage.say(attempted.account.event(clock()))
@@ -74,6 +78,10 @@ class Attempt:
         account = self._begin(holds, way_on(holds, self._command.request, self._engine.abilities))
         try:
             await self._stream(answer, holds, account)
+        except (EngineUnreachable, EngineBusy, EngineBroke):
+            if account.unseen:
+                await answer.finish(account.usage)  # what nobody saw would not be counted later
+            raise
         except BadRequest:
             if account.way != "prefill" or not account.untold:
                 raise
@@ -88,7 +96,7 @@ class Attempt:
             turn=command.turn,
             branch=command.branch,
             expert=command.request.model or command.expert,
-            attempt=attempt(),
+            attempt=attempt() + command.passed,
             started=self._clock(),
             holds=holds,
             way=way,
@@ -130,9 +138,14 @@ def passed_on(command: CallExpert) -> CallExpert:
     )
 
 
-def _out_of_reach(command: CallExpert, error: EngineUnreachable | EngineBusy | EngineBroke) -> bool:
-    """Whether it is the next expert's turn: one that broke off may still go on with another replica."""
-    return bool(command.alternatives) and (not isinstance(error, EngineBroke) or tries() > 0)
+def _out_of_reach(command: CallExpert, error: EngineUnreachable | EngineBusy | EngineBroke, enough: float) -> bool:
+    """Whether it is the next expert's turn: one that broke off may still go on with another replica.
+
+    With less than *enough* seconds left it is nobody's any more, and the turn ends with what went wrong last.
+    """
+    left = seconds_left()
+    late = left is not None and left < enough and command.passed >= len(command.alternatives)
+    return bool(command.alternatives) and not late and (not isinstance(error, EngineBroke) or tries() > 0)
 
 
 def _measure(expert: str, account: Account) -> None:

@@ -60,8 +60,8 @@ class EventReader:
 class Turn:
     """One question on its way: follows its answer over broken connections.
 
-    The server numbers only the last event of a stored batch, so events are held until the number that covers them came:
-    what a resume repeats was then never shown.
+    An event without an id is held until one that has an id came behind it: what a resume repeats was then never shown. An id is a word
+    that only the server understands.
     """
 
     session: aiohttp.ClientSession

@@ -73,7 +73,7 @@ def told(again: Again, base: str) -> str:
     letter = again.letter
     key = "" if letter.tenant == ANONYMOUS else f" -H 'Authorization: Bearer KEY'  (a key of {readable(letter.tenant)})"
     return (
-        f"{letter.failed.turn} at {letter.failed.stage} is asked again as {again.turn}\n"
+        f"{line(letter.failed.turn)} at {line(letter.failed.stage)} is asked again as {again.turn}\n"
         f"  read the answer (GET /api/chat/{again.turn}/events): curl -N {base}/api/chat/{again.turn}/events{key}"
     )
 
@@ -101,7 +101,7 @@ def table(letters: list[Letter]) -> Table:
         column.no_wrap = True
     for each in letters:
         failed = each.failed
-        shown.add_row(*map(escape, (failed.turn, failed.stage, moment(each), line(failed.title), line(failed.detail))))
+        shown.add_row(*map(escape, (line(failed.turn), line(failed.stage), moment(each), line(failed.title), line(failed.detail))))
     return shown
 
 

@@ -81,6 +81,11 @@ class Account:
         return self._shown == 0
 
     @property
+    def unseen(self) -> bool:
+        """Whether the engine made some that was held back."""
+        return self._made > self._shown
+
+    @property
     def first_token_seconds(self) -> float | None:
         """From the start of the call to its first new piece, if one came."""
         return None if self._first is None else self._first - self._started

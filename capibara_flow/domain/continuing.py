@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from capibara_flow.errors import CapibaraError, TurnExpired
 from capibara_flow.ports import Abilities, Piece, Text
 from topics.chat import ChatMessage, ChatRequest
-from topics.output import Continued, Done, Output, Reset, Routed, Token, ToolCalled, Usage
+from topics.output import Continued, Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage, Waiting
 
 #: ``fresh``: nothing to go on with. ``prefill``: the engine goes on from the very words. ``skip``: it says all again, and what repeats is
 #: held back; should it say something else, that is told after a ``Reset``. ``reset``: the client throws away what it has.
@@ -28,19 +29,40 @@ class Held:
 
 def held(said: Sequence[Output]) -> Held:
     """What *said*, all output of a branch in order, amounts to for the client."""
-    pieces = [output for output in said if isinstance(output, Token | ToolCalled)]
     last_reset = max((place for place, output in enumerate(said) if isinstance(output, Reset)), default=-1)
-    kept = [output for output in said[last_reset + 1 :] if isinstance(output, Token | ToolCalled)]
+    kept = [output for output in said[last_reset + 1 :] if _is_piece(output)]
     tokens = [output for output in kept if isinstance(output, Token)]
     return Held(
         text="".join(token.text for token in tokens),
         reasoning="".join(token.reasoning or "" for token in tokens),
         calls=len(tokens) < len(kept),
         kept=len(kept),
-        made=len(pieces),
-        attempts=sum(isinstance(output, Continued | Reset) for output in said) + bool(pieces),
+        made=_made(said),
+        attempts=sum(isinstance(output, Continued | Reset) for output in said) + any(_is_piece(output) for output in said),
         ended=any(output.final for output in said),
     )
+
+
+def _made(said: Sequence[Output]) -> int:
+    """All tokens that are known to have been made: the last account of them, and the pieces that came behind it."""
+    accounts = [(place, output.burnt_tokens) for place, output in enumerate(said) if isinstance(output, Usage)]
+    place, made = accounts[-1] if accounts else (-1, 0)
+    return made + sum(_is_piece(output) for output in said[place + 1 :])
+
+
+def _is_piece(output: Output) -> bool:
+    return isinstance(output, Token | ToolCalled)
+
+
+def failing(turn: str, said: Sequence[Output], error: CapibaraError) -> tuple[Output, ...]:
+    """The end of a turn that *error* ends, after all that was *said*: what it took, and what it waited for in vain."""
+    holds = held(said)
+    usage = Usage(turn=turn, completion_tokens=holds.kept, burnt_tokens=holds.made, attempts=holds.attempts)
+    waited = next((output.reason for output in reversed(said) if isinstance(output, Waiting)), "")
+    detail = str(error) if waited in str(error) else f"{error}; it waited, for: {waited}"
+    retryable = error.retryable or (bool(waited) and isinstance(error, TurnExpired))
+    failed = Failed(turn=turn, title=error.title, status=error.status, detail=detail, retryable=retryable)
+    return (usage, failed) if holds.made else (failed,)
 
 
 def stopped(turn: str, said: Sequence[Output]) -> tuple[Usage, Done]:

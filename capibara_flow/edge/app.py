@@ -20,7 +20,7 @@ from capibara_flow.edge.chat import NativeChat
 from capibara_flow.edge.completions import Completions
 from capibara_flow.edge.door import Door
 from capibara_flow.edge.openapi import document
-from capibara_flow.edge.problems import respond
+from capibara_flow.edge.problems import AGAIN, respond
 from capibara_flow.errors import CapibaraError
 from capibara_flow.telemetry import HTTP, log
 
@@ -109,7 +109,7 @@ async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse
     try:
         return await handler(request)
     except CapibaraError as error:
-        headers = {"Retry-After": "2"} if error.retryable else {}
+        headers = dict(AGAIN) if error.retryable else {}
         if error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return respond(request, error.status, error.title, str(error), headers)

@@ -1,6 +1,7 @@
 """What a request says beside its body: where to go on, under which key it may be repeated, yes or no."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 
 import orjson
@@ -11,6 +12,7 @@ from topics.chat import ChatRequest
 
 IDEMPOTENCY_KEY, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
 _LONGEST_KEY = 255
+_PLACE = re.compile(r"(\d{1,18})(?:-([1-9]\d{0,8}))?", re.ASCII)
 _YES, _NO = ("true", "1"), ("false", "0")
 
 
@@ -23,12 +25,21 @@ class Terms:
     key: str | None = None
 
 
-def resume_point(request: web.Request) -> int:
-    """The sequence to go on after; raises ``BadRequest``."""
+@dataclass(frozen=True)
+class Place:
+    """How far a reader got: it has everything up to message *sequence*, and the first *lines* of the very next one."""
+
+    sequence: int
+    lines: int = 0
+
+
+def resume_point(request: web.Request) -> Place:
+    """Where to go on: behind message ``SEQ``, or behind the k-th line of it, ``SEQ-k``; raises ``BadRequest``."""
     given = request.headers.get("Last-Event-ID") or request.query.get("after") or "0"
-    if not (given.isascii() and given.isdigit() and len(given) < 19):
+    found = _PLACE.fullmatch(given)
+    if found is None or (found[2] and not int(found[1])):
         raise BadRequest("Last-Event-ID must be the id of an event of this turn")
-    return int(given)
+    return Place(int(found[1]) - 1, int(found[2])) if found[2] else Place(int(found[1]))
 
 
 def flag(request: web.Request, name: str) -> bool:

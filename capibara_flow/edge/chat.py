@@ -10,15 +10,17 @@ from aiohttp import web
 from capibara_flow.domain.collecting import Collected
 from capibara_flow.domain.turns import created
 from capibara_flow.edge import sse
-from capibara_flow.edge.asked import Terms, flag, idempotency_key, resume_point
+from capibara_flow.edge.asked import Place, Terms, flag, idempotency_key, resume_point
 from capibara_flow.edge.bodies import ChatBody
 from capibara_flow.edge.door import Door, Opened
 from capibara_flow.edge.endings import Ending, counted, relay, whole
-from capibara_flow.edge.problems import as_failed, problem
-from capibara_flow.errors import BadRequest, CapibaraError
+from capibara_flow.edge.problems import AGAIN, as_failed, problem
+from capibara_flow.errors import BadRequest, CapibaraError, TurnUnknown
 from capibara_flow.ports import Identity
 from capibara_flow.telemetry import RESUMES
 from topics.output import Done, Failed
+
+_BEGINNING = Place(0)
 
 
 class NativeChat:
@@ -44,9 +46,9 @@ class NativeChat:
     async def events(self, request: web.Request) -> web.StreamResponse:
         """``GET /api/chat/{turn}/events``: go on after ``Last-Event-ID`` (or ``?after=``), on any edge."""
         turn = await self._door.known(request)
-        after = resume_point(request)
+        place = resume_point(request)
         RESUMES.inc()
-        return await self._stream(request, await self._door.follow(turn, after), Ending(), after=after)
+        return await self._stream(request, await self._door.follow(turn, place.sequence), Ending(), place=place)
 
     async def cancel(self, request: web.Request) -> web.Response:
         """``DELETE /api/chat/{turn}``: stop wherever it is, with ``?erase=true`` leaving no trace; saying so twice is no error."""
@@ -54,6 +56,8 @@ class NativeChat:
             turn = self._door.own(request)  # of a turn whose output has aged out other traces may be left
             return web.json_response({"turn": turn, "erased": await self._door.turns.erase(turn)})
         turn = await self._door.known(request)
+        if not await self._door.turns.known(turn):
+            raise TurnUnknown("there is no such turn: nothing of it is kept, and nobody works on it")
         await self._door.turns.cancel(turn, "asked")
         return web.json_response({"turn": turn, "cancelling": True}, status=202)
 
@@ -66,7 +70,7 @@ class NativeChat:
         return Terms(body.timeout_seconds or most, attended, idempotency_key(request, identity.tenant))
 
     async def _stream(
-        self, request: web.Request, opened: Opened, ending: Ending, *, greeting: bytes = b"", after: int = 0
+        self, request: web.Request, opened: Opened, ending: Ending, *, greeting: bytes = b"", place: Place = _BEGINNING
     ) -> web.StreamResponse:
         edge, feed = self._door.edge, opened.feed
 
@@ -76,7 +80,8 @@ class NativeChat:
         async with aclosing(feed), sse.opened(request, opened.headers, edge.heartbeat_seconds, edge.max_buffer_bytes) as stream:
             if greeting:
                 await stream.write(greeting)
-            await relay(stream, feed, sse.native, ending, seconds=opened.seconds_left(), tell=tell, after=after)
+            encode, seconds = sse.behind(place), opened.seconds_left()
+            await relay(stream, feed, encode, ending, seconds=seconds, tell=tell, after=place.sequence)
         return stream.response
 
     async def _whole(self, opened: Opened, ending: Ending) -> web.Response:
@@ -84,8 +89,9 @@ class NativeChat:
         if collected.done:
             return web.json_response(_as_object(opened.turn, collected, collected.done), headers=opened.headers)
         failed = cast(Failed, collected.failed)
+        headers = opened.headers | (AGAIN if failed.retryable else {})
         body = problem(failed.status, failed.title, failed.detail) | {"turn": opened.turn, "retryable": failed.retryable}
-        return web.json_response(body, status=failed.status, headers=opened.headers, content_type="application/problem+json")
+        return web.json_response(body, status=failed.status, headers=headers, content_type="application/problem+json")
 
 
 def _as_object(turn: str, collected: Collected, done: Done) -> dict[str, Any]:

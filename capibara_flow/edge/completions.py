@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import aclosing, suppress
 from typing import Any, cast
 
@@ -16,13 +16,14 @@ from capibara_flow.edge.asked import Terms, flag, idempotency_key, resume_point
 from capibara_flow.edge.bodies import CompletionBody
 from capibara_flow.edge.door import PREFIX, Door, Opened
 from capibara_flow.edge.endings import Ending, counted, relay, whole
-from capibara_flow.edge.problems import openai_error
-from capibara_flow.errors import BrokerUnavailable, CapibaraError, TurnGone, TurnUnknown
+from capibara_flow.edge.problems import AGAIN, openai_error
+from capibara_flow.errors import BadRequest, CapibaraError, TurnGone, TurnUnknown
 from capibara_flow.ports import Batch
-from capibara_flow.telemetry import RESUMES, log
+from capibara_flow.telemetry import RESUMES
 from topics.output import Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage, event_of, parse
 
 _LOOK_SECONDS = 5.0  # for what is stored already
+_RESET = "the answer had to start anew, which this dialect cannot express; ask again, under another Idempotency-Key if there was one"
 _WORDS = "\x00"  # where the words go in a chunk that is written once; nothing behind it looks so
 
 
@@ -31,7 +32,6 @@ class Completions:
 
     def __init__(self, door: Door) -> None:
         self._door = door
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def create(self, request: web.Request) -> web.StreamResponse:
         """``POST /v1/chat/completions``."""
@@ -54,7 +54,10 @@ class Completions:
         Who has all there is gets the end again.
         """
         turn = await self._door.known(request)
-        after, usage = resume_point(request), flag(request, "include_usage")
+        place, usage = resume_point(request), flag(request, "include_usage")
+        if place.lines:
+            raise BadRequest("Last-Event-ID must be the id of a chunk: this one, with a hyphen, is of the native dialect")
+        after = place.sequence
         RESUMES.inc()
         model = await self._model(turn) if after else "auto"
         opened = await self._door.follow(turn, after)
@@ -80,14 +83,10 @@ class Completions:
         edge, feed = self._door.edge, opened.feed
         async with aclosing(feed), sse.opened(request, opened.headers, edge.heartbeat_seconds, edge.max_buffer_bytes) as stream:
 
-            def give_up() -> None:
-                stream.stop()
-                self._behind(self._cancel(opened.turn))  # the client will ask again: nobody needs the rest of this answer
-
             def tell(problem: CapibaraError) -> bytes:
                 return chunks.error(problem.status, problem.title, str(problem))
 
-            chunks.on_reset = give_up
+            chunks.on_reset = stream.stop  # of this reader only: others may go on reading the turn
             await relay(stream, feed, encode, ending, seconds=opened.seconds_left(), tell=tell)
         return stream.response
 
@@ -102,23 +101,12 @@ class Completions:
                             model = cast(Routed, parse(line)).model_id
         return model
 
-    async def _cancel(self, turn: str) -> None:
-        try:
-            await self._door.turns.cancel(turn, "reset")
-        except BrokerUnavailable as error:
-            log.warning("turn_not_cancelled", turn=turn, error=str(error))
-
-    def _behind(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do *work*, whether or not the client stays to see the end of its response."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)  # the loop alone would not keep it
-        task.add_done_callback(self._tasks.discard)
-
     async def _whole(self, opened: Opened, ending: Ending) -> web.Response:
         collected = await whole(opened.feed, ending, seconds=opened.seconds_left())
         headers = opened.headers
         if collected.failed:
             failed = collected.failed
+            headers |= AGAIN if failed.retryable else {}
             return web.json_response(openai_error(failed.status, failed.title, failed.detail), status=failed.status, headers=headers)
         done = cast(Done, collected.done)
         if done.finish_reason == "cancelled":
@@ -182,7 +170,7 @@ class Chunks:
                 self._usage = output
             case Reset() if self._said:
                 self.on_reset()
-                return self.error(502, "answer reset", "the answer had to start anew, which this dialect cannot express; ask again")
+                return self.error(502, "answer reset", _RESET)
             case Failed(status=status, title=title, detail=detail):
                 return self.error(status, title, detail)
             case Done(finish_reason="cancelled"):

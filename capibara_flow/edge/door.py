@@ -16,7 +16,7 @@ from capibara_flow.domain.turns import belongs, created, is_turn_id, turn_id
 from capibara_flow.edge.asked import REPLAYED, Terms, digest
 from capibara_flow.edge.identity import identify
 from capibara_flow.edge.problems import explained
-from capibara_flow.errors import BadRequest, TurnExpired, TurnGone, TurnUnknown
+from capibara_flow.errors import BadRequest, TurnGone, TurnUnknown
 from capibara_flow.ports import Batch, Feed, Identity, Turns
 from capibara_flow.settings import AuthSettings, EdgeSettings
 from topics.chat import ChatRequest, RouteTurn
@@ -85,18 +85,15 @@ class Door:
     async def open(self, request: ChatRequest, identity: Identity, terms: Terms) -> Opened:
         """Start a turn, or find the one that its key stands for.
 
-        Raises ``QueueFull``, ``BrokerUnavailable``, ``KeyReused``, and ``TurnExpired`` or ``TurnGone`` for a turn of before.
+        Raises ``QueueFull``, ``BrokerUnavailable``, ``KeyReused``, and ``TurnGone`` for a turn of before.
         """
         now = time.time()
         turn = ours = turn_id(milliseconds=int(now * 1000), entropy=secrets.token_bytes(10), tenant=identity.tenant)
+        deadline = now + terms.seconds
         if terms.key is not None:
-            turn = await self.turns.claim(terms.key, digest(request), ours)
-        if turn == ours:
-            deadline = now + terms.seconds
-        elif await self.turns.exists(turn):
+            turn, deadline = await self.turns.claim(terms.key, digest(request), ours, deadline)
+        if turn != ours and await self.turns.exists(turn):
             return replace(await self.follow(turn), replayed=True)
-        elif (deadline := created(turn) + terms.seconds) <= now:
-            raise TurnExpired("the turn of this Idempotency-Key did not begin within its time")
         # Who claimed the key may have died before the turn was on its way: it is sent once, however often we say so.
         feed = await self.turns.open(RouteTurn(turn=turn, request=request), identity, deadline, attended=terms.attended)
         return Opened(turn, feed, deadline, replayed=turn != ours)

@@ -12,8 +12,14 @@ from topics.output import OUTPUTS
 
 _TURN = {"name": "turn", "in": "path", "required": True, "schema": {"type": "string", "minLength": 32, "maxLength": 32}}
 _COMPLETION = {"name": "turn", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^(chatcmpl-)?[0-9A-Z]{32}$"}}
-_RESUME = {"name": "Last-Event-ID", "in": "header", "required": False, "schema": {"type": "string"}}
-_AFTER = {"name": "after", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}}
+_NATIVE = {
+    "required": False,
+    "description": "The id of the last event that was read. In the native dialect every event of the turn has one: that of a stored "
+    "message, SEQ, or of the k-th of several lines in one, SEQ-k. Take it as a word without a meaning",
+    "schema": {"type": "string", "pattern": r"^\d{1,18}(-[1-9]\d{0,8})?$"},
+}
+_CHUNK = {"required": False, "description": "The last id that was read", "schema": {"type": "string", "pattern": r"^\d{1,18}$"}}
+_HEADER, _QUERY = {"name": "Last-Event-ID", "in": "header"}, {"name": "after", "in": "query"}
 _ERASE = {"name": "erase", "in": "query", "required": False, "schema": {"type": "boolean", "default": False}}
 _USAGE = {"name": "include_usage", "in": "query", "required": False, "schema": {"type": "boolean", "default": False}}
 _ONCE = {
@@ -47,7 +53,7 @@ _PATHS: dict[str, Any] = {
     "/api/chat/{turn}/events": {
         "get": {
             "summary": "Go on reading a turn, on any edge",
-            "parameters": [_TURN, _RESUME, _AFTER],
+            "parameters": [_TURN, _HEADER | _NATIVE, _QUERY | _NATIVE],
             "responses": {"200": _answer("The events after that one", "text/event-stream"), "4XX": _gone(_PROBLEM), "5XX": _PROBLEM},
         }
     },
@@ -74,7 +80,7 @@ _PATHS: dict[str, Any] = {
     "/v1/chat/completions/{turn}/events": {
         "get": {
             "summary": "Go on reading a streamed completion, on any edge",
-            "parameters": [_COMPLETION, _RESUME, _AFTER, _USAGE],
+            "parameters": [_COMPLETION, _HEADER | _CHUNK, _QUERY | _CHUNK, _USAGE],
             "responses": {"200": _answer("The chunks after that one", "text/event-stream"), "4XX": _gone(_ERROR), "5XX": _ERROR},
         }
     },

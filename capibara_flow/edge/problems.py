@@ -11,6 +11,8 @@ from pydantic_core import from_json
 from capibara_flow.errors import BadRequest, CapibaraError
 from topics.output import Failed
 
+#: The header of an error that may be gone when it is tried again; in seconds.
+AGAIN = {"Retry-After": "2"}
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _OURS = re.compile(r"^(?:Input|Tuple|List|Dictionary|String) should ")
 _AFTERWARDS = re.compile(r" after validation, not .*$")

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
+from capibara_flow.edge.asked import Place
 from capibara_flow.ports import Batch, Feed
 from capibara_flow.telemetry import OPEN_STREAMS
 from topics.output import event_of
@@ -17,11 +18,24 @@ HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": 
 _STALLED_SECONDS = 60.0
 
 
-def native(batch: Batch) -> bytes:
-    """Events of the native stream: the stored lines themselves, under their names."""
-    events = [f"event: {event_of(line)}\ndata: ".encode() + line + b"\n\n" for line in batch.lines]
-    events[-1] = b"id: %d\n%s" % (batch.sequence, events[-1])
-    return b"".join(events)
+def native(batch: Batch, had: int = 0) -> bytes:
+    """Events of the native stream: the stored lines themselves, under their names, without the first that a reader *had*.
+
+    The last one's id is the batch's sequence, that of the first ones ``SEQUENCE-1``, ``SEQUENCE-2``.
+    """
+    *before, last = batch.lines
+    end = b"id: %d\nevent: %b\ndata: %b\n\n" % (batch.sequence, event_of(last).encode(), last)
+    if not before:
+        return end
+    lines = [(number, line) for number, line in enumerate(before, 1) if number > had]
+    return b"".join(b"id: %d-%d\nevent: %b\ndata: %b\n\n" % (batch.sequence, n, event_of(line).encode(), line) for n, line in lines) + end
+
+
+def behind(place: Place) -> Encode:
+    """``native`` for who goes on at *place*."""
+    if not place.lines:
+        return native
+    return lambda batch: native(batch, place.lines if batch.sequence == place.sequence + 1 else 0)
 
 
 @asynccontextmanager

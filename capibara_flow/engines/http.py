@@ -31,7 +31,8 @@ _REFUSED_KEY = (401, 403)
 class Reply:
     """An open streamed answer. One timer a stream watches for silence; time that the reader spends elsewhere is not counted."""
 
-    def __init__(self, response: aiohttp.ClientResponse, since: float, limit: float) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, since: float, limit: float, expert: str) -> None:
+        self._expert = expert
         self._response = response
         self._content = response.content
         self._loop = asyncio.get_running_loop()
@@ -49,7 +50,8 @@ class Reply:
         except (aiohttp.ClientError, OSError) as error:
             if self._silent:
                 raise EngineBroke(f"the engine has been silent for {self._limit:g} s") from error
-            raise EngineBroke(f"the connection broke in the middle of the answer: {error}") from error
+            log.warning("engine_broke_off", expert=self._expert, error=str(error) or type(error).__name__)
+            raise EngineBroke(f"the connection to the server of {self._expert} broke in the middle of the answer") from error
 
     def heard(self, limit: float) -> None:
         """The engine is alive; from the next ``read`` on it may be silent for at most *limit* seconds."""
@@ -112,7 +114,7 @@ class Client:
         except TimeoutError as error:
             raise EngineBroke(f"the engine has been silent for {limit:g} s") from error
         if response.status == 200:
-            return Reply(response, since, limit)
+            return Reply(response, since, limit, self._expert)
         raise await self._refusal(response)
 
     async def check(self, url: str) -> None:

@@ -17,7 +17,8 @@ from capibara_flow.runtime.client import TokenClient, status
 from capibara_flow.runtime.lease import WRONG_SEQUENCE, Lease
 from capibara_flow.runtime.output import everything, fits, last_message
 from capibara_flow.telemetry import log
-from topics.output import FINALS, Output, event_of, parse
+from topics.output import Output, known
+from topics.streams import erased_mark
 
 _MAX_BATCH = 256 * 1024  # bytes; the broker's default limit of a message is 1 MiB
 _PATIENCE = 15.0  # seconds that an answer waits for the broker: an election of a new leader takes 5
@@ -50,7 +51,8 @@ class FencedAnswer:
         """Become the owner, and learn what an owner before us said; raises ``LeaseLost``."""
         if await self._lease.take():
             messages = await everything(self._hub.client, self._subject, 0, _PATIENCE)
-            self.said = tuple(parse(line) for message in messages for line in message.data.split(b"\n"))
+            read = (known(line) for message in messages for line in message.data.split(b"\n"))
+            self.said = tuple(output for output in read if output is not None)
             self._stored = messages[-1].sequence if messages else 0
 
     def cancel(self) -> None:
@@ -213,12 +215,16 @@ class FencedAnswers:
             self._open.discard(answer)
             answer.close()
 
+    async def erased(self, turn: str) -> bool:
+        return await last_message(self.client, erased_mark(turn), stream="CF_CTL") is not None
+
     async def stopping(self, turn: str) -> bool:
         return await last_message(self.client, f"cf.ctl.{turn}.cancel", stream="CF_CTL") is not None
 
     async def ended(self, turn: str, branch: str) -> bool:
         last = await last_message(self.client, f"cf.out.{turn}.data.{branch}")
-        return last is not None and event_of(last.data.rsplit(b"\n", 1)[-1]) in FINALS
+        output = known(last.data.rsplit(b"\n", 1)[-1]) if last else None
+        return output is not None and output.final
 
     async def _look_for_cancel(self, answer: FencedAnswer) -> None:
         """Whether somebody asked for it when we could not hear."""

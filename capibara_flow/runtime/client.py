@@ -44,6 +44,22 @@ def description(raw: bytes) -> str:
     return raw[13 : raw.index(b"\r\n")].decode(errors="replace")
 
 
+async def closed(client: Client) -> None:
+    """Close *client* for good, also while it looks for a server."""
+    if not client.is_connected:
+        # nats-py would write what it kept for the broker to a connection that is gone, fail, and leave the rest open.
+        client._pending_data_size = 0
+    search = client._reconnection_task
+    try:
+        await Client.close(client)
+    except asyncio.CancelledError:  # of the search, when both waited for the end of the old connection
+        if (current := asyncio.current_task()) and current.cancelling():
+            raise
+    while search and not search.done() and search is not asyncio.current_task():
+        search.cancel()  # again: `wait_for` of Python 3.11 swallows it when a connection was refused just then
+        await asyncio.wait([search], timeout=0.05)
+
+
 class TokenClient(Client):
     """``nats.aio.client.Client`` with ``listen`` and ``send``."""
 
@@ -69,18 +85,7 @@ class TokenClient(Client):
 
     async def close(self) -> None:
         """Close the connection for good."""
-        if not self.is_connected:
-            # nats-py would write what it kept for the broker to a connection that is gone, fail, and leave the rest open.
-            self._pending_data_size = 0
-        search = self._reconnection_task
-        try:
-            await super().close()
-        except asyncio.CancelledError:  # of the search, when both waited for the end of the old connection
-            if (current := asyncio.current_task()) and current.cancelling():
-                raise
-        while search and not search.done() and search is not asyncio.current_task():
-            search.cancel()  # again: `wait_for` of Python 3.11 swallows it when a connection was refused just then
-            await asyncio.wait([search], timeout=0.05)
+        await closed(self)
 
     def send(self, subject: str, payload: bytes, *, reply: str, headers: bytes) -> None:
         """Publish *payload* with already ``encoded`` *headers*; it leaves with all else of this pass of the loop.

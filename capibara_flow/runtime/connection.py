@@ -2,16 +2,19 @@
 
 import asyncio
 import time
+from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
 from faststream.nats import NatsBroker
 from faststream.security import SASLPlaintext
+from nats.errors import ConnectionClosedError, ConnectionReconnectingError
 
-from capibara_flow.runtime.client import TokenClient
+from capibara_flow.runtime.client import TokenClient, closed
 from capibara_flow.settings import Settings, SettingsError
 from capibara_flow.telemetry import log
 
+_DIFFERENT = 100  # errors remembered
 _SAY_AGAIN = 30.0  # seconds between two log lines of the same words
 
 
@@ -30,6 +33,8 @@ def options(settings: Settings, role: str) -> dict[str, Any]:
     async def failed(error: Exception) -> None:
         words, now = repr(error), time.monotonic()
         if now - said.get(words, -_SAY_AGAIN) >= _SAY_AGAIN:
+            if len(said) >= _DIFFERENT:
+                said.clear()
             said[words] = now
             log.warning("nats_error", role=role, error=words)
 
@@ -84,11 +89,29 @@ async def connect(settings: Settings, role: str) -> TokenClient:
     return client
 
 
+class _Broker(NatsBroker):
+    """FastStream's, but it ends in order also while it looks for a server: there is nobody to take leave of."""
+
+    async def stop(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc_val: BaseException | None = None,
+        exc_tb: TracebackType | None = None,
+    ) -> None:
+        try:
+            await super().stop(exc_type, exc_val, exc_tb)
+        except (ConnectionReconnectingError, ConnectionClosedError):
+            if self._connection is not None:
+                await closed(self._connection)
+                self._connection = None
+            self.config.disconnect()
+
+
 def broker(settings: Settings, role: str) -> NatsBroker:
     """A FastStream broker, not yet connected: for work messages."""
     wanted = options(settings, role)
     own = {name: wanted.pop(name) for name in ("user", "password") if name in wanted}
-    return NatsBroker(
+    return _Broker(
         settings.nats.url.split(","),
         security=SASLPlaintext(own["user"], own["password"]) if own else None,
         logger=None,

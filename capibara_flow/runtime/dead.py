@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from capibara_flow.domain.turns import turn_id
 from capibara_flow.errors import BadRequest, BrokerUnavailable, QueueFull, TurnUnknown
 from capibara_flow.runtime.client import TokenClient
-from capibara_flow.runtime.output import publish_once, stored
-from topics.chat import CallExpert, TurnFailed
+from capibara_flow.runtime.output import FULL, publish_once, stored
+from topics.chat import CallExpert, RouteTurn, TurnFailed
 from topics.flow import FLOW
 from topics.message import DEADLINE, PRINCIPAL, TENANT, Command
 from topics.streams import subject_token
@@ -24,7 +24,6 @@ from topics.streams import subject_token
 DEAD = "CF_DEAD"
 _WINDOW = 128  # sequences looked at together, no more than are read at once
 #: JetStream's codes for a stream that is full (of messages or bytes), and for a disk that is.
-_FULL = {10077, 10047}
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,9 @@ def command(letter: Letter, turn: str) -> Command:
         asked = kind.read(failed.body.encode())
     except ValidationError as error:
         raise BadRequest(f"{where} keeps no whole command (a very large one is cut off): {error.errors()[0]['msg']}") from error
-    anew: dict[str, Any] = {"turn": turn, "passed": 0} if isinstance(asked, CallExpert) else {"turn": turn}
-    return asked.model_copy(update=anew)
+    if isinstance(asked, CallExpert):
+        return RouteTurn(turn=turn, request=asked.request)  # from the first step on, for whoever reads it expects that; it names the expert
+    return asked.model_copy(update={"turn": turn})
 
 
 class DeadLetters:
@@ -159,7 +159,7 @@ def _asking() -> Iterator[None]:
     try:
         yield
     except APIError as error:
-        if error.err_code in _FULL:
+        if error.err_code in FULL:
             raise QueueFull("too many turns are waiting: nothing was asked; try again later") from error
         raise BrokerUnavailable(f"the broker refuses: {error.description}") from error
     except (NatsError, TimeoutError) as error:

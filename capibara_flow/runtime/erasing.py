@@ -15,7 +15,7 @@ from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.output import last_message
 from topics.chat import CancelTurn
 from topics.output import FINALS, event_of
-from topics.streams import subject_token, traces
+from topics.streams import erased_mark, subject_token, traces
 
 _QUEUES, _SIGNALS = "CF_WORK", "CF_CTL"
 _NO_STREAM = 10059
@@ -41,6 +41,7 @@ async def erase(client: TokenClient, turn: str, streams: Sequence[str], *, retry
     waiting = await _purge(client, turn, queues)
     begun = waiting > 0 or await _ended(client, turn) is False
     if begun:
+        await _mark(client, turn)
         await _stop(client, turn)
         waiting += await _purge(client, turn, queues)
         await _end(client, turn)
@@ -60,6 +61,14 @@ async def _stop(client: TokenClient, turn: str) -> None:
         await client.jetstream().publish(signal.subject, signal.model_dump_json().encode(), timeout=_TIMEOUT)
     except (NatsError, TimeoutError) as error:
         raise BrokerUnavailable(f"the broker does not take the signal to stop {turn}: {error!r}") from error
+
+
+async def _mark(client: TokenClient, turn: str) -> None:
+    """Leave a mark for whoever sleeps now and will come back to the turn: nothing of it may be said or kept any more."""
+    try:
+        await client.jetstream().publish(erased_mark(turn), b"", timeout=_TIMEOUT)
+    except (NatsError, TimeoutError) as error:
+        raise BrokerUnavailable(f"the broker does not take the mark of {turn}: {error!r}") from error
 
 
 async def _end(client: TokenClient, turn: str) -> None:

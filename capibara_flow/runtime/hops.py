@@ -20,10 +20,12 @@ from nats.js.api import ConsumerConfig
 from nats.js.errors import APIError
 from pydantic import ValidationError
 
-from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, LeaseLost, Transient
+from capibara_flow.domain.continuing import failing, held
+from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, LeaseLost, QueueFull, Transient
 from capibara_flow.ports import Answers
 from capibara_flow.runtime import work
-from capibara_flow.runtime.output import fits, publish_once
+from capibara_flow.runtime.lease import WRONG_SEQUENCE, nobody_holds
+from capibara_flow.runtime.output import FULL, fits, publish_once
 from capibara_flow.runtime.provision import ensure_consumer, ensure_stream
 from capibara_flow.runtime.pump import Pump
 from capibara_flow.runtime.settling import Settle
@@ -31,7 +33,7 @@ from capibara_flow.telemetry import log
 from topics.chat import TurnFailed
 from topics.flow import Hop
 from topics.message import Command, Message, Part, Request, Signal
-from topics.output import Failed, Output, Waiting
+from topics.output import Output, Waiting
 from topics.streams import Consumer, Layout
 
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[None]])
@@ -107,6 +109,8 @@ class Stage:
             until = time.monotonic() + self._patience()
             while True:
                 began = time.monotonic()
+                if work.attempt() > 1 and await self._answers.erased(command.turn):
+                    return None  # somebody who was paused, or slept between two tries, comes back to what shall not be known any more
                 try:
                     return await handler(command)
                 except LeaseLost:
@@ -125,7 +129,7 @@ class Stage:
         """The share of the time left to a turn that one delivery may take: others may reach what this process cannot."""
         left = work.seconds_left()
         if left is None:
-            return 0.0
+            return self._patience_seconds or 0.0
         share = left / max(1, self.consumer_of(work.message()).max_deliver - work.deliveries() + 1)
         return share if self._patience_seconds is None else min(share, self._patience_seconds)
 
@@ -137,8 +141,12 @@ class Stage:
             if isinstance(error, BrokerUnavailable):
                 await self.restore()
             elif pause:
-                await self.say(Waiting(turn=command.turn, reason=str(error), attempt=work.attempt()))
+                await self.say(self.waiting(command.turn, error))
         await asyncio.sleep(pause)
+
+    def waiting(self, turn: str, error: Transient, passed: int = 0) -> Waiting:
+        """What the client is told while *turn* waits because of *error*, after it was *passed* on so often."""
+        return Waiting(turn=turn, stage=self.hop.worker, reason=str(error), attempt=work.attempt() + passed)
 
     async def _understand(self, message: StreamMessage[Msg]) -> Message:
         """The command that *message* carries; raises ``BadRequest``."""
@@ -149,9 +157,9 @@ class Stage:
             raise BadRequest(f"a message that cannot be understood: {error.error_count()} problems, first: {problem}") from error
 
     async def say(self, *messages: Message) -> None:
-        """Publish *messages* once each, in order; commands and output are stored when this returns.
+        """Publish *messages* once each; commands and output are stored when this returns, in order unless one has to be published again.
 
-        Raises ``BrokerUnavailable`` or ``TooLarge``.
+        Raises ``BrokerUnavailable``, ``QueueFull`` or ``TooLarge``.
 
         Refuses (``TypeError``) what the map does not list for this hop.
         """
@@ -170,23 +178,32 @@ class Stage:
             # A fact for the log: the turn does not wait for it, and a switched-off log is no fault.
             await self._broker.publish(body, message.subject, headers=headers)
             return
+        if isinstance(message, Output) and message.opening:
+            headers |= nobody_holds(f"cf.out.{message.turn}.lease.{message.branch}")
         await self._store(message.subject, body, headers)
 
     async def _store(self, subject: str, body: bytes, headers: dict[str, str]) -> None:
-        """Store a message; raises ``BrokerUnavailable`` or ``TooLarge``."""
+        """Store a message, unless it comes too late; raises ``BrokerUnavailable``, ``QueueFull`` or ``TooLarge``."""
         state = self._broker.config.connection_state
         try:
             await publish_once(state.connection, state.stream, subject, body, headers)
-        except (NatsError, APIError, TimeoutError) as error:
+        except APIError as error:
+            if error.err_code in FULL:
+                raise QueueFull("too many turns are waiting; try again later") from error
+            if error.err_code != WRONG_SEQUENCE:
+                raise BrokerUnavailable(f"{subject} was not stored: {error}") from error
+            log.info("said_too_late", subject=subject)
+        except (NatsError, TimeoutError) as error:
             raise BrokerUnavailable(f"{subject} was not stored: {error}") from error
 
     async def give_up(self, message: Msg, error: CapibaraError) -> None:
         """End the turn with an honest ``Failed`` and keep the command for inspection; raises ``LeaseLost``."""
         turn = message.subject.split(".")[2]
-        failed = Failed(turn=turn, title=error.title, status=error.status, detail=str(error), retryable=error.retryable)
+        if await self._answers.erased(turn):
+            return
         async with self._answers.open(turn, "main") as answer:
-            if not any(output.final for output in answer.said):
-                await answer.finish(failed)
+            if not held(answer.said).ended:
+                await answer.finish(*failing(turn, answer.said, error))
         body = message.data.decode("utf-8", "replace")
         dead = TurnFailed(turn=turn, stage=self.hop.worker, title=error.title, detail=str(error), body=body)
         line = dead.model_dump_json().encode()

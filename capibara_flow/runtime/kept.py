@@ -29,14 +29,23 @@ class Kept:
         return await last_message(self._client, _data(turn)) is not None
 
     async def resume(self, turn: str, after: int) -> int:
-        """The sequence to read after, for who has all up to *after*: one less than the last, if need be.
+        """The sequence to read after, for who has all up to *after*: one less than the last, if need be, and 0 if nothing is stored yet.
 
-        Raises ``TurnGone`` when what comes behind may be gone, for *after* itself is, and ``BrokerUnavailable``.
+        Raises ``TurnGone`` when what comes behind may be gone, ``TurnUnknown`` as ``expected`` does, and ``BrokerUnavailable``.
         """
         last = await last_message(self._client, _data(turn))
-        if (last is None or after <= last.sequence) and await one_message(self._client, OUT, seq=after) is None:
+        if last is None:
+            await self.expected(turn)
+        if (last is None or after <= last.sequence) and not await self._whole(turn, after):
             raise TurnGone("what follows this event is no longer kept")
-        return min(after, last.sequence - 1) if last else after
+        return min(after, last.sequence - 1) if last else 0
+
+    async def _whole(self, turn: str, after: int) -> bool:
+        """Whether nothing of *turn* is gone behind *after*: that is still there, or what comes right behind it is, and is of this turn."""
+        if await one_message(self._client, OUT, seq=after) is not None:
+            return True
+        following = await one_message(self._client, OUT, seq=after + 1)
+        return following is not None and following.subject == _data(turn)
 
     async def beginning(self, turn: str) -> None:
         """Return when *turn* can be read from its beginning, or will be; raises ``TurnGone``, ``TurnUnknown`` or ``BrokerUnavailable``."""

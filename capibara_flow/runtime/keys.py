@@ -10,7 +10,6 @@ import time
 
 from nats.errors import Error as NatsError
 
-from capibara_flow.domain.turns import created
 from capibara_flow.errors import BrokerUnavailable, KeyReused
 from capibara_flow.runtime.client import TokenClient, header
 from capibara_flow.runtime.lease import WRONG_SEQUENCE
@@ -28,35 +27,33 @@ _TIMEOUT = 5.0
 
 
 class Keys:
-    """The bucket of keys; a turn is over *turn_seconds* after it was created."""
+    """The bucket of keys."""
 
-    def __init__(self, client: TokenClient, turn_seconds: float) -> None:
+    def __init__(self, client: TokenClient) -> None:
         self._client = client
-        self._turn_seconds = turn_seconds
 
-    async def claim(self, key: str, digest: str, turn: str) -> str:
-        """See ``ports.Turns``. A turn that was never accepted, and is too old to be, holds its key no longer."""
-        expected, body = 0, json.dumps({"digest": digest}).encode()
+    async def claim(self, key: str, digest: str, turn: str, deadline: float) -> tuple[str, float]:
+        """See ``ports.Turns``. A turn that was never accepted holds its key no longer than to its deadline."""
+        expected, body = 0, json.dumps({"digest": digest, "deadline": deadline}).encode()
         for _ in range(_RACES):
             if await self._write(key, turn, body, expected):
-                return turn
+                return turn, deadline
             found = await last_message(self._client, _all(key), KEYS)
             if found is None or _is_marker(found):
                 expected = found.sequence if found else 0
                 continue
-            owner = found.subject.rpartition(".")[2]
-            if json.loads(found.data)["digest"] != digest:
+            owner, claimed = found.subject.rpartition(".")[2], json.loads(found.data)
+            if claimed["digest"] != digest:
                 raise KeyReused("this Idempotency-Key came with another request before")
-            if not await self._never_was(owner):
-                return owner
+            if claimed["deadline"] > time.time() or await self._began(owner):
+                return owner, claimed["deadline"]
             await self._write(key, owner, b"", found.sequence, **_REMOVED)
             await asyncio.sleep(_PAUSE)
         raise BrokerUnavailable("too many come with this key at once; try again")
 
-    async def _never_was(self, turn: str) -> bool:
-        """Whether nothing came of *turn*, and nothing can any more."""
-        over = created(turn) + self._turn_seconds < time.time()
-        return over and await last_message(self._client, f"cf.out.{turn}.data.main") is None
+    async def _began(self, turn: str) -> bool:
+        """Whether anything came of *turn*."""
+        return await last_message(self._client, f"cf.out.{turn}.data.main") is not None
 
     async def _write(self, key: str, turn: str, body: bytes, expected: int, **headers: str) -> bool:
         """Write of *key* and *turn* what follows the message *expected*; false when another one followed."""

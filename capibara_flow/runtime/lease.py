@@ -14,6 +14,11 @@ _EXPECTED, _EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence", "Nats-Expe
 _TIMEOUT = 5.0
 
 
+def nobody_holds(subject: str) -> dict[str, str]:
+    """Headers: what is published with them is stored only as long as nobody has taken the lease *subject*."""
+    return {_EXPECTED: "0", _EXPECTED_SUBJECT: subject}
+
+
 class Lease:
     """Our claim to what the lease *subject* stands for; *name* must be nobody else's, not even another claim's of this process."""
 

@@ -18,6 +18,8 @@ from capibara_flow.errors import BrokerUnavailable, TooLarge
 from capibara_flow.runtime.client import TokenClient, description, header, status
 
 OUT = "CF_OUT"
+#: JetStream's codes for a stream that is full (of messages or bytes), and for a disk that is.
+FULL = frozenset({10077, 10047})
 _BATCH = 256
 _TIMEOUT = 5.0
 _ELECTION = 15.0  # seconds: one takes 4 to 9, and another may follow

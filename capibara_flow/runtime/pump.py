@@ -48,7 +48,7 @@ class Pump:
         self._running = False
         self._heard = 0.0
         self._jobs: set[asyncio.Task[None]] = set()
-        self._at_work: set[int] = set()
+        self._at_work: set[str] = set()
         self._subscription: Subscription | None = None
         self._watchdog: asyncio.Task[None] | None = None
         self._renewal: asyncio.Task[None] | None = None
@@ -109,23 +109,24 @@ class Pump:
 
     async def _take(self, message: Msg) -> None:
         self._asked = max(0, self._asked - 1)
-        sequence = message.metadata.sequence.stream
-        if sequence in self._at_work:
+        # A stream that was created anew counts from one again: the time it was stored tells two messages apart.
+        which = f"{message.metadata.sequence.stream} {message.metadata.timestamp.timestamp()}"
+        if which in self._at_work:
             # This process was paused for longer than the broker waits. What it was doing it goes on with, and settles.
             log.info("work_goes_on", durable=self._durable, subject=message.subject)
             await self._ask()
             return
         self._free -= 1
-        self._at_work.add(sequence)
-        job = asyncio.create_task(self._work(message, sequence))
+        self._at_work.add(which)
+        job = asyncio.create_task(self._work(message, which))
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)
 
-    async def _work(self, message: Msg, sequence: int) -> None:
+    async def _work(self, message: Msg, which: str) -> None:
         try:
             await self._handle(message)
         finally:
-            self._at_work.discard(sequence)
+            self._at_work.discard(which)
             self._free += 1
             if self._client.is_connected:
                 with suppress(NatsError):  # the watchdog sees that nobody asks

@@ -4,6 +4,8 @@ The lease is a key of a bucket, with a time to live that doors renew while they 
 leaves a marker in its place, and so tells even of readers whose door was killed.
 """
 
+import asyncio
+
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError
@@ -18,6 +20,7 @@ from topics.chat import CancelTurn
 from topics.streams import READERS, Layout, absence_consumer, reader_key
 
 _MARKER = "Nats-Marker-Reason"
+_RETURN = 5.0  # seconds in which doors come back after an outage, and renew what they could not renew meanwhile
 _PERMITS = 256
 
 
@@ -29,6 +32,8 @@ class Absences:
         self._jetstream = client.jetstream()
         self._layout = layout
         consumer = absence_consumer()
+        self._reconnects = 0
+        self._believed = 0.0
         self._pump = Pump(client, READERS, consumer.durable, permits=_PERMITS, handle=self._look, ensure=self._ensure)
 
     async def start(self) -> None:
@@ -55,7 +60,16 @@ class Absences:
                 return  # the marker comes again
         await message.ack()
 
+    async def _doors_are_back(self) -> None:
+        """A lease may have run out only because nobody could renew it: wait until everybody has had the time to."""
+        now = asyncio.get_running_loop().time
+        if self._client.stats["reconnects"] != self._reconnects:
+            self._reconnects = self._client.stats["reconnects"]
+            self._believed = now() + _RETURN
+        await asyncio.sleep(max(0.0, self._believed - now()))
+
     async def _abandoned(self, turn: str, sequence: int) -> None:
+        await self._doors_are_back()
         last = await last_message(self._client, reader_key(turn), READERS)
         if last is None or last.sequence != sequence:
             return  # a reader has come back, or the turn has been erased

@@ -60,7 +60,7 @@ class Settle(BaseMiddleware[Any, Any]):
             raise CapibaraError("nobody who tried came to an end")
         left = work.seconds_left()
         if left is not None and left <= 0:
-            raise TurnExpired("the turn's deadline passed before its work began")
+            raise TurnExpired("the turn's deadline passed before its work was done")
         scope = asyncio.timeout(left)
         try:
             async with scope:
@@ -97,7 +97,9 @@ class Settle(BaseMiddleware[Any, Any]):
         if isinstance(error, asyncio.CancelledError):
             await self.msg.nak()  # we are being stopped: somebody else may start at once
             return "handed_over"
-        final = _as_final(error, last=work.deliveries() >= self._stage.consumer_of(self.msg).max_deliver)
+        left = work.seconds_left()
+        in_time = left is None or left > self._stage.retry_seconds
+        final = _as_final(error, last=not in_time or work.deliveries() >= self._stage.consumer_of(self.msg).max_deliver)
         facts = {"stage": self._stage.hop.worker, "subject": self.msg.subject, "error": repr(error), "final": final is not None}
         log.warning("work_failed", **facts, exc_info=None if isinstance(error, CapibaraError) else error)
         if isinstance(error, LeaseLost):

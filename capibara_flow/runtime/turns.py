@@ -1,6 +1,7 @@
 """The door's side of the broker: publish a turn, follow its output from any machine, stop it, have it erased."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,22 +12,21 @@ from nats.js.errors import APIError, NotFoundError
 from pydantic import ValidationError
 
 from capibara_flow.domain.reading import Cursor, Verdict
-from capibara_flow.errors import BrokerUnavailable, QueueFull, TooLarge
+from capibara_flow.errors import BrokerUnavailable, QueueFull, TooLarge, TurnUnknown
 from capibara_flow.ports import Batch, Feed, Identity, Take
 from capibara_flow.runtime.attending import Attendance, Seat
 from capibara_flow.runtime.client import TokenClient, header
 from capibara_flow.runtime.kept import Kept
 from capibara_flow.runtime.keys import Keys
-from capibara_flow.runtime.output import OUT, publish_once, stored
+from capibara_flow.runtime.output import FULL, OUT, publish_once, stored
 from capibara_flow.telemetry import log
-from topics.chat import CancelTurn, Erased, EraseTurn, RouteTurn
+from topics.chat import EXPIRED, CancelTurn, Erased, EraseTurn, RouteTurn
 from topics.message import DEADLINE, PRINCIPAL, TENANT, Message
 from topics.output import FINALS, event_of
 from topics.streams import Consumer
 
-#: JetStream's codes for a stream that is full (of messages or bytes), and for a disk that is.
-_FULL = {10077, 10047}
 _MOST_PENDING = 2000
+_LATE = 0.5  # seconds in which whoever is at work when a turn's deadline passes ends it himself
 _ERASE_SECONDS = 20.0
 _IDLE_FIRST, _IDLE_MOST = 1.0, 5.0  # seconds between polls of a silent turn: the tail of a feed can be lost unseen
 
@@ -200,8 +200,7 @@ class _Feed:
 class NatsTurns:
     """``ports.Turns`` on NATS; *consumers* are those without which a turn cannot be served.
 
-    An attended turn without a reader is stopped after *abandon_seconds*. Output is kept for *turn_age* seconds; a turn takes *turn_seconds*
-    at most.
+    An attended turn without a reader is stopped after *abandon_seconds*. Output is kept for *turn_age* seconds.
     """
 
     def __init__(
@@ -211,14 +210,14 @@ class NatsTurns:
         *,
         abandon_seconds: float = 15,
         turn_age: float = 3600,
-        turn_seconds: float = 600,
     ) -> None:
         self._client = client
         self._jetstream = client.jetstream()
         self._consumers = consumers
         self._attendance = Attendance(client, abandon_seconds)
         self._kept = Kept(client, turn_age, consumers)
-        self._keys = Keys(client, turn_seconds)
+        self._keys = Keys(client)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._opened = self._following = 0
 
     async def open(self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False) -> Feed:
@@ -235,7 +234,8 @@ class NatsTurns:
             await follower.stop()
             raise
         self._opened += 1
-        return await self._feed(follower, seat, backfill=False)
+        overdue = asyncio.get_running_loop().call_later(deadline + _LATE - time.time(), self._expire, command.turn)
+        return await self._feed(follower, seat, overdue=overdue)
 
     async def follow(self, turn: str, after: int = 0) -> Feed:
         if after:
@@ -246,7 +246,7 @@ class NatsTurns:
         seat = Seat(self._attendance, turn)
         await follower.start()
         seat.look()
-        return await self._feed(follower, seat, backfill=True)
+        return await self._feed(follower, seat)
 
     async def _beginning(self, turn: str) -> None:
         """Raises ``TurnGone`` or ``TurnUnknown`` when *turn* has no beginning to wait for, as far as is known now."""
@@ -255,20 +255,35 @@ class NatsTurns:
         except BrokerUnavailable as error:
             log.warning("output_unreadable", turn=turn, error=str(error))
 
-    async def _feed(self, follower: Follower, seat: Seat, *, backfill: bool) -> Feed:
-        reading = self._reading(follower, seat, backfill=backfill)
+    def _expire(self, turn: str) -> None:
+        """Nobody has ended *turn*, though it is late: it waits in a queue, say. Let it be stopped wherever it is."""
+        task = asyncio.create_task(self._cancel_late(turn))
+        self._tasks.add(task)  # the loop alone would not keep it
+        task.add_done_callback(self._tasks.discard)
+
+    async def _cancel_late(self, turn: str) -> None:
+        try:
+            await self.cancel(turn, EXPIRED)
+        except BrokerUnavailable as error:
+            log.warning("turn_not_cancelled", turn=turn, error=str(error))
+
+    async def _feed(self, follower: Follower, seat: Seat, *, overdue: asyncio.TimerHandle | None = None) -> Feed:
+        """What *follower* finds; with *overdue* the turn is new and nothing of it is stored."""
+        reading = self._reading(follower, seat, overdue)
         await anext(reading)  # begun, it tidies up even if nobody ever reads it
         return _Feed(follower, reading)
 
-    async def _reading(self, follower: Follower, seat: Seat, *, backfill: bool) -> AsyncGenerator[Sequence[Batch], None]:
+    async def _reading(self, follower: Follower, seat: Seat, overdue: asyncio.TimerHandle | None) -> AsyncGenerator[Sequence[Batch], None]:
         """What *follower* finds, after an empty beginning."""
         self._following += 1
         try:
             yield ()
-            async for batches in follower.batches(backfill=backfill):
+            async for batches in follower.batches(backfill=overdue is None):
                 yield batches
         finally:
             self._following -= 1
+            if overdue:
+                overdue.cancel()
             seat.leave(ended=follower.ended)
             await follower.stop()
 
@@ -284,18 +299,25 @@ class NatsTurns:
         try:
             await publish_once(self._client, self._jetstream, message.subject, body, headers)
         except APIError as error:
-            if error.err_code in _FULL:
+            if error.err_code in FULL:
                 raise QueueFull("too many turns are waiting; try again later") from error
             raise BrokerUnavailable(f"the turn was not accepted: {error.description}") from error
         except (NatsError, TimeoutError) as error:
             raise BrokerUnavailable("the broker does not accept turns now") from error
 
-    async def claim(self, key: str, digest: str, turn: str) -> str:
-        return await self._keys.claim(key, digest, turn)
+    async def claim(self, key: str, digest: str, turn: str, deadline: float) -> tuple[str, float]:
+        return await self._keys.claim(key, digest, turn, deadline)
 
     async def exists(self, turn: str) -> bool:
         """Whether output of *turn* is stored."""
         return await self._kept.exists(turn)
+
+    async def known(self, turn: str) -> bool:
+        try:
+            await self._kept.expected(turn)
+        except TurnUnknown:
+            return False
+        return True
 
     async def cancel(self, turn: str, reason: str) -> None:
         signal = CancelTurn(turn=turn, reason=reason)

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from capibara_flow.domain.answering import Account
 from capibara_flow.domain.collecting import Collected
-from capibara_flow.domain.continuing import Held, Repetition, continuing, held, limited, stopped, tokens_left, way_on
+from capibara_flow.domain.continuing import Held, Repetition, continuing, failing, held, limited, stopped, tokens_left, way_on
+from capibara_flow.errors import EngineUnreachable, TurnExpired
 from capibara_flow.ports import Abilities, Finish, Piece, Tally, Text, ToolFragment
 from topics.chat import ChatMessage, ChatRequest, Sampling, TextPart
-from topics.output import Continued, Done, Output, Reset, Routed, Token, ToolCalled, Waiting
+from topics.output import Continued, Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage, Waiting
 
 T = "T"
 ASKED = ChatRequest(messages=(ChatMessage(role="user", content="hola"),))
@@ -96,7 +97,7 @@ def test_what_the_client_holds_is_what_came_behind_the_last_reset(kinds: list[st
         "call": ToolCalled(turn=T, index=0),
         "reset": Reset(turn=T, reason="again"),
         "routed": Routed(turn=T, model_id="m", route_name="r", complexity="simple", confidence=1, reasoning="why"),
-        "waiting": Waiting(turn=T, reason="why", attempt=2),
+        "waiting": Waiting(turn=T, stage="caller", reason="why", attempt=2),
     }
     behind = kinds[len(kinds) - kinds[::-1].index("reset") :] if "reset" in kinds else kinds
     holds = held([made[kind] for kind in kinds])
@@ -191,6 +192,32 @@ def test_words_beyond_count_only_when_all_before_was_repeated(piece: Piece) -> N
     repetition = Repetition(Held("x", "ab", kept=2, made=2, attempts=1))
     assert repetition.take(piece) == [piece]
     assert repetition.diverged
+
+
+def test_what_was_made_unseen_counts_once_it_was_told() -> None:
+    said: list[Output] = [Token(turn=T, text="a"), Token(turn=T, text="b")]
+    account = Account(turn=T, branch="main", expert="e", attempt=2, started=0, holds=held(said), way="skip")
+    assert list(account.take(Text("a"), 1.0)) == []
+    assert account.unseen
+    said.append(account.usage)
+    assert (account.usage.completion_tokens, held(said).made) == (2, 3)
+    again = collected(run(engine(["a", "b", "c"]), said))
+    assert again.usage
+    assert (again.usage.completion_tokens, again.usage.burnt_tokens) == (3, 6)
+
+
+def test_a_turn_that_fails_tells_what_it_took_and_what_it_waited_for() -> None:
+    late = TurnExpired("too late")
+    assert failing(T, [], late) == (Failed(turn=T, title="turn expired", status=504, detail="too late"),)
+    said = [Token(turn=T, text="a"), Waiting(turn=T, stage="caller", reason="the engine is down", attempt=2)]
+    usage, failed = failing(T, said, late)
+    assert isinstance(usage, Usage)
+    assert isinstance(failed, Failed)
+    assert (usage.completion_tokens, usage.burnt_tokens) == (1, 1)
+    assert (failed.detail, failed.retryable) == ("too late; it waited, for: the engine is down", True)
+    (failed,) = failing(T, said[1:], EngineUnreachable("the engine is down"))
+    assert isinstance(failed, Failed)
+    assert failed.detail == "the engine is down"
 
 
 def test_a_repetition_of_nothing_is_over() -> None:

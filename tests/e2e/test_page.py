@@ -188,7 +188,7 @@ async def test_stop(page: Page, page_url: str) -> None:
 
 @pytest.mark.parametrize(("language", "said"), [("es", "Esperando: the engine is busy"), ("en", "Waiting: the engine is busy")])
 async def test_why_nothing_goes_on_is_told_until_words_come(page: Page, language: str, said: str) -> None:
-    held = Waiting(turn=T, reason="the engine is busy", attempt=2)
+    held = Waiting(turn=T, stage="caller", reason="the engine is busy", attempt=2)
     going_on = (Continued(turn=T, how="skip", expert="plain", attempt=3), Token(turn=T, text="words"))
     for script, phase in (([(ROUTED,), (held,)], said), ([(ROUTED,), (held,), going_on], None)):
         async with served(FakeTurns(*script)) as (host, port):
@@ -220,9 +220,9 @@ async def test_reload_in_mid_answer_goes_on(page: Page, page_url: str) -> None:
     assert await words(answer) == COUNTED
 
 
-#: A token's event that is no batch's last (it has no id), one that is, and half of one; each with the number that it says.
+#: A token's event that is no batch's last (its id says so), one that is, and half of one; each with the number that it says.
 PLACES = {
-    "inside a batch": rb'(?:\r\n|\n\n)event: token\ndata: [^\n]*"text":"(\d\d) "[^\n]*\n\n',
+    "inside a batch": rb'id: \d+-\d+\nevent: token\ndata: [^\n]*"text":"(\d\d) "[^\n]*\n\n',
     "after a batch": rb'id: \d+\nevent: token\ndata: [^\n]*"text":"(\d\d) "[^\n]*\n\n',
     "inside an event": rb'event: token\ndata: [^\n]*"text":"(\d\d)',
 }

@@ -139,6 +139,21 @@ async def test_a_stop_of_a_turn_that_waits_ends_it_though_its_expert_is_at_work(
     await until_counted(engine, requests=2, aborted=1)
 
 
+async def test_a_turn_that_waits_fails_when_its_time_is_up(door: str, engine: str) -> None:
+    async with ClientSession() as session, chat(session, door, "hang on", model="one") as first:
+        await until_counted(engine, running=1)
+        async with chat(session, door, "hang on", model="one", timeout_seconds=1) as second:
+            stream = arriving(second)
+            turn = await turn_of(stream)
+            ends = await rest(stream)
+        assert (ends[-1].name, ends[-1].data["status"]) == ("error", 504)
+        async with session.get(f"{door}/api/chat/{turn}/events") as again:  # it is kept: whoever comes later hears the same
+            assert (await rest(arriving(again)))[-1] == ends[-1]
+        await until_counted(engine, requests=1, running=1)
+        stream = arriving(first)
+        await stop(door, await turn_of(stream))
+
+
 async def leave(response: ClientResponse, stream: AsyncIterator[Event]) -> None:
     """Go away once something was said."""
     async for event in stream:

@@ -51,6 +51,12 @@ async def ask(url: str, **body: Any) -> list[Event]:
         return events(await response.text())
 
 
+def place(event_id: str) -> tuple[int, float]:
+    """Where an id stands among those of its turn: that of a message, or of a line in it that is not the last."""
+    message, _, line = event_id.partition("-")
+    return int(message), int(line) if line else float("inf")
+
+
 def text_of(stream: list[Event]) -> str:
     """The words that a client holds at the end of *stream*."""
     words = ""

@@ -110,7 +110,7 @@ async def test_another_tenant_s_turn_does_not_exist() -> None:
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
-async def resumed(session: ClientSession, turn: str, after: int | None = None, *, by_query: bool = False) -> list[str]:
+async def resumed(session: ClientSession, turn: str, after: int | str | None = None, *, by_query: bool = False) -> list[str]:
     headers = {} if after is None or by_query else {"Last-Event-ID": str(after)}
     query = {"after": str(after)} if by_query else {}
     async with session.get(f"/api/chat/{turn}/events", headers=headers, params=query) as response:
@@ -122,11 +122,30 @@ async def resumed(session: ClientSession, turn: str, after: int | None = None, *
 @pytest.mark.parametrize("by_query", [False, True])
 async def test_a_reader_goes_on_behind_the_event_that_it_has(by_query: bool) -> None:
     async with client(FakeTurns(*ANSWER)) as session:
-        turn = a_turn()
-        assert await resumed(session, turn) == ["11", "token", "12", "usage", "13"]
-        assert await resumed(session, turn, 0, by_query=by_query) == ["11", "token", "12", "usage", "13"]
-        assert await resumed(session, turn, 11, by_query=by_query) == ["token", "12", "usage", "13"]
-        assert await resumed(session, turn, 12, by_query=by_query) == ["usage", "13"]
+        turn, whole = a_turn(), ["11", "12-1", "12", "13-1", "13"]
+        assert await resumed(session, turn) == whole
+        assert await resumed(session, turn, 0, by_query=by_query) == whole
+        for place, each in enumerate(whole[:-1], 1):
+            assert await resumed(session, turn, each, by_query=by_query) == whole[place:]
+
+
+async def test_a_cut_inside_a_batch_of_several_lines_repeats_and_loses_nothing() -> None:
+    words = tuple(Token(turn=T, text=f"{n} ") for n in range(12))
+    async with client(FakeTurns((ROUTED,), words, words, (DONE,))) as session:
+        path = f"/api/chat/{a_turn()}/events"
+        async with session.get(path) as response:
+            whole = events(await response.text())
+        assert len({each.id for each in whole}) == len(whole) == 26
+        assert [each.id for each in whole[9:14]] == ["12-9", "12-10", "12-11", "12", "13-1"]
+        for place, each in enumerate(whole, 1):
+            async with session.get(path, headers={"Last-Event-ID": each.id}) as response:
+                assert events(await response.text()) == whole[place:]
+
+
+@pytest.mark.parametrize(("after", "rest"), [("12-2", ["12", "13-1", "13"]), ("11-7", ["11", "12-1", "12", "13-1", "13"])])
+async def test_whose_id_names_a_line_that_never_was_gets_the_last_one(after: str, rest: list[str]) -> None:
+    async with client(FakeTurns(*ANSWER)) as session:
+        assert await resumed(session, a_turn(), after) == rest
 
 
 async def test_a_reader_that_has_everything_is_not_kept_waiting() -> None:
@@ -160,7 +179,7 @@ async def test_what_is_no_turn_of_ours_is_not_found(turn: str) -> None:
     assert turns.cancelled == []
 
 
-@pytest.mark.parametrize("given", ["x", "-1", "1.5", "٣", "9" * 19, "1 2"])
+@pytest.mark.parametrize("given", ["x", "-1", "1.5", "٣", "9" * 19, "1 2", "12-", "12-0", "12-1-1", "0-1", "12-٣", "12-" + "9" * 10])
 async def test_an_id_that_is_none_is_refused(given: str) -> None:
     async with client(FakeTurns(*ANSWER)) as session:
         async with session.get(f"/api/chat/{a_turn()}/events", params={"after": given}) as response:
@@ -168,6 +187,15 @@ async def test_an_id_that_is_none_is_refused(given: str) -> None:
             assert "Last-Event-ID" in (await response.json(content_type=None))["detail"]
         async with session.get(f"/api/chat/{a_turn()}/events", headers={"Last-Event-ID": given}) as response:
             assert response.status == 400
+
+
+@pytest.mark.parametrize("told", ["?erase=false", ""])
+async def test_a_turn_that_never_was_is_not_stopped(told: str) -> None:
+    turns = FakeTurns(*ANSWER)
+    async with client(turns) as session, session.delete(f"/api/chat/{a_turn()}{told}") as response:
+        assert response.status == 404
+        assert "nobody works on it" in (await response.json(content_type=None))["detail"]
+    assert turns.cancelled == []
 
 
 # --- faults behind the door -------------------------------------------------------------------------------------------
@@ -181,6 +209,16 @@ async def test_what_is_not_accepted_may_be_tried_again(path: str, refusal: Excep
         assert response.headers["Retry-After"] == "2"
         body = await response.json(content_type=None)
     assert str(refusal) in str(body)
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
+@pytest.mark.parametrize("retryable", [True, False])
+async def test_a_whole_answer_that_failed_says_when_to_try_again(path: str, retryable: bool) -> None:
+    failed = Failed(turn=T, title="engine busy", status=503, detail="too many", retryable=retryable)
+    async with client(FakeTurns((failed,))) as session, session.post(path, json={**ASK_OPENAI, "stream": False}) as response:
+        assert response.status == 503
+        assert response.headers.get("Retry-After") == ("2" if retryable else None)
+        assert response.headers["X-Capibara-Turn"]
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])

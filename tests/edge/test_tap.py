@@ -349,14 +349,13 @@ async def test_a_reader_whose_id_lies_in_the_future_learns_when_its_turn_ends() 
     assert not memory.ears
 
 
-async def test_words_taken_back_end_a_tapped_stream_of_openai_s_and_its_turn() -> None:
+async def test_words_taken_back_end_a_tapped_stream_of_openai_s_but_not_its_turn() -> None:
     async with asked(*OPENAI) as client:
         client.say(*some(3), Reset(turn=T, reason="again"), *some(3), DONE)
         *_, last = (await client.read()).strip().splitlines()
         assert '"code":"answer_reset"' in last
-        await until(lambda: client.memory.published[1:])
-        assert client.memory.published[1] == client.memory.published[0].replace("work", "ctl").replace("router", "cancel")
-        assert not client.memory.ears
+        await until(lambda: not client.memory.ears)
+        assert not client.memory.published[1:]
 
 
 @pytest.mark.parametrize("room", [4096, 1024 * 1024])

@@ -72,6 +72,14 @@ async def test_a_stream_that_breaks_never_looks_finished(fake: FakeEngine, fault
     assert not any(isinstance(piece, Finish) for piece in pieces)
 
 
+async def test_how_a_connection_broke_is_nothing_for_clients(fake: FakeEngine) -> None:
+    fake.fault = "broken"
+    async with engine_for(fake) as engine:
+        with pytest.raises(EngineBroke) as caught:
+            await heard(engine, asking())
+    assert str(caught.value) == f"the connection to the server of {engine.expert.name} broke in the middle of the answer"
+
+
 async def test_an_engines_own_error_is_passed_on_in_its_words(fake: FakeEngine) -> None:
     fake.fault = "error"
     async with engine_for(fake) as engine:

@@ -678,3 +678,14 @@ async def test_a_block_that_ends_by_itself_is_not_disturbed_by_a_cancellation_af
         await until(lambda: answer.cancelled)
         await say(answer, "a")
     assert await rig.tokens("T1") == ["a"]
+
+
+async def test_what_a_newer_version_said_is_passed_over(rig: Rig):
+    hub = await rig.answers()
+    async with hub.open("T1", "main") as answer:
+        await answer.finish(token("a"))
+    await hub.client.jetstream().publish("cf.out.T1.data.main", b'{"turn":"T1","event":"sung","notes":[1,2]}')
+    async with hub.open("T1", "main") as answer:
+        assert answer.said == (token("a"),)
+    assert not await hub.ended("T1", "main")
+    await hub.stop()

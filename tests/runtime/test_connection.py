@@ -27,6 +27,13 @@ async def worker(**environment: str) -> asyncio.subprocess.Process:
     )
 
 
+async def line_with(lines: asyncio.StreamReader, words: bytes) -> bytes:
+    """The first of *lines* with *words*."""
+    while words not in (line := await lines.readline()):
+        assert line, "it has ended"
+    return line
+
+
 async def test_a_wrong_password_is_told_at_once_and_names_its_variable(broker: EmbeddedBroker):
     settings = Settings(nats=NatsSettings(url=broker.url, passwords={"caller": SecretStr("wrong")}))
     with pytest.raises(SettingsError, match="CAPIBARA_NATS__PASSWORDS__CALLER"):
@@ -49,6 +56,18 @@ async def test_a_worker_that_waits_for_a_broker_can_be_stopped(number: signal.Si
     _, said = await asyncio.wait_for(process.communicate(), 20)
     assert process.returncode == 0
     assert b"Traceback" not in said
+
+
+async def test_a_worker_whose_broker_has_gone_can_be_stopped(broker: EmbeddedBroker):
+    process = await worker(**broker.environment("caller"))
+    assert process.stderr is not None
+    await asyncio.wait_for(line_with(process.stderr, b"workers_ready"), 40)
+    broker.kill()
+    await asyncio.wait_for(line_with(process.stderr, b"nats_error"), 40)
+    process.send_signal(signal.SIGTERM)
+    _, said = await asyncio.wait_for(process.communicate(), 40)
+    assert b"Traceback" not in said
+    assert process.returncode == 0
 
 
 async def test_a_broker_that_comes_late_is_waited_for(broker: EmbeddedBroker):

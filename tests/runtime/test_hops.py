@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ import pytest
 from faststream.nats.subscriber.usecases import PullStreamSubscriber
 from nats.js.api import StreamConfig
 from nats.js.errors import NotFoundError
+from structlog.testing import capture_logs
 
 from capibara_flow.errors import BadRequest, EngineBusy, LeaseLost
 from capibara_flow.runtime import connection
+from capibara_flow.runtime.erasing import erase
 from capibara_flow.runtime.hops import Stage
 from capibara_flow.runtime.pump import Pump
 from capibara_flow.runtime.work import attempt, carried, deliveries, tenant, tries
@@ -22,7 +25,7 @@ from tests.waiting import until
 from topics.chat import CallExpert, ChatRequest, RouteTurn, TurnFailed
 from topics.flow import hop
 from topics.message import DEADLINE, PRINCIPAL, TENANT, TRACE
-from topics.output import Done, Failed, Output, Reset, Token, Waiting
+from topics.output import Done, Failed, Output, Reset, Routed, Token, Waiting
 from topics.streams import Layout, router_consumer
 
 Deed = Callable[[Stage, RouteTurn], Awaitable[None]]
@@ -332,7 +335,7 @@ async def test_what_concerns_the_turn_is_carried_to_the_next_message(rig: Rig):
     assert json.loads(message.data or b"")["request"]["messages"][0]["content"] == "hola"
 
 
-async def test_a_full_queue_behind_us_is_waited_for_and_then_told(rig: Rig):
+async def test_a_full_queue_behind_us_is_told_at_once(rig: Rig):
     info = await rig.admin.stream_info("CF_WORK_CALL")
     info.config.max_msgs = 1
     await rig.admin.update_stream(info.config)
@@ -343,10 +346,67 @@ async def test_a_full_queue_behind_us_is_waited_for_and_then_told(rig: Rig):
 
     work = Work(deed)
     async with rig.routing(work.build, max_deliver=2):
-        await rig.ask("T1")
+        await rig.ask("T1", headers=within(600))
         await settled(rig)
-    assert work.attempts == [1, 2]
-    assert [output.status for output in await outputs(rig, "T1") if isinstance(output, Failed)] == [503]
+    assert work.attempts == [1]
+    (failed,) = await outputs(rig, "T1")
+    assert isinstance(failed, Failed)
+    assert (failed.title, failed.status, failed.retryable) == ("queue full", 503, True)
+
+
+async def test_what_opens_an_answer_is_not_said_into_one(rig: Rig):
+    routed = Routed(turn="T1", model_id="phi", route_name="r", complexity="simple", confidence=1, reasoning="why")
+    hub = await rig.answers()
+    async with hub.open("T1", "main") as answer:
+        await answer.finish(Done(turn="T1", finish_reason="cancelled", model_id=""))
+
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        await stage.say(routed.model_copy(update={"turn": command.turn}))
+
+    async with rig.routing(Work(deed).build):
+        await rig.ask("T1")
+        await rig.ask("T2")
+        await settled(rig)
+    await hub.stop()
+    assert [type(output) for output in await outputs(rig, "T1")] == [Done]
+    assert [type(output) for output in await outputs(rig, "T2")] == [Routed]
+
+
+@pytest.mark.parametrize("seconds", [600, 1.5])
+async def test_whoever_slept_while_his_turn_was_erased_says_nothing_more(rig: Rig, seconds: float):
+    undertaker, tried = await rig.client("undertaker"), 0
+
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        nonlocal tried
+        tried += 1
+        if tried == 2:
+            await erase(undertaker, "T1", [stream.name for stream in Layout().streams], retry_seconds=0)
+        await asyncio.sleep(max(0, 2 - seconds))  # till after the deadline, if that is soon
+        raise EngineBusy("later")
+
+    async with rig.routing(Work(deed).build, retry_seconds=0.05):
+        await rig.ask("T1", headers=within(seconds))
+        await until(lambda: tried == 2)
+        await settled(rig)
+    assert tried == 2
+    assert await outputs(rig, "T1") == []
+    assert await rig.dead("T1") == []
+
+
+async def test_words_stay_out_of_the_log(rig: Rig):
+    words = "-".join(["my", "secret", "words"])
+
+    async def deed(stage: Stage, command: RouteTurn) -> None:
+        RouteTurn.model_validate({"turn": "T1", "request": {"messages": words}})
+
+    with capture_logs() as entries:
+        async with rig.routing(Work(deed).build, max_deliver=1):
+            await rig.ask("T1")
+            await settled(rig)
+    (entry,) = (each for each in entries if each["event"] == "work_failed")
+    told = entry["error"] + "".join(traceback.format_exception(entry["exc_info"]))
+    assert "validation error" in told
+    assert words not in told
 
 
 async def test_a_command_too_large_for_the_next_hop_ends_the_turn_without_harm_to_others(rig: Rig):

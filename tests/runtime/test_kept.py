@@ -65,19 +65,53 @@ async def forget(rig: Rig, sequences: list[int]) -> None:
 async def test_who_goes_on_behind_what_is_gone_is_told(rig: Rig, door: NatsTurns):
     said = await say(rig, NEW, *answer(NEW))
     await forget(rig, said[:3])
-    for after in said[:3]:
+    for after in said[:2]:
         with pytest.raises(TurnGone):
             await door.follow(NEW, after)
+    for after in said[2:4]:  # right behind the first of them nothing is missing
+        assert await heard(await door.follow(NEW, after)) == answer(NEW)[said.index(after) + 1 :]
     assert await heard(await door.follow(NEW, said[3])) == answer(NEW)[4:]
     assert await heard(await door.follow(NEW, said[4])) == answer(NEW)[4:]
+
+
+async def test_who_goes_on_behind_a_gap_in_which_another_turn_spoke_is_told(rig: Rig, door: NatsTurns):
+    said = await say(rig, NEW, *answer(NEW)[:2])
+    await say(rig, "T0", Token(turn="T0", text="of another turn"))
+    await say(rig, NEW, *answer(NEW)[2:])
+    await forget(rig, said)
+    with pytest.raises(TurnGone):
+        await door.follow(NEW, said[1])
 
 
 async def test_who_goes_on_when_all_is_gone_is_told(rig: Rig, door: NatsTurns):
     said = await say(rig, NEW, *answer(NEW))
     await rig.admin.purge_stream("CF_OUT")
-    for after in (said[1], said[-1], said[-1] + 1):
+    [other] = await say(rig, "T0", Token(turn="T0", text="of another turn"))
+    for after in (said[1], said[-1], other, other + 1):
+        with pytest.raises(TurnUnknown):
+            await door.follow(NEW, after)
+    await rig.ask("T1")  # somebody may be at work for this turn
+    for after in (said[1], said[-1] - 1, other + 1):
         with pytest.raises(TurnGone):
             await door.follow(NEW, after)
+
+
+async def test_who_goes_on_behind_another_turn_s_event_waits_for_a_turn_that_waits(rig: Rig, door: NatsTurns):
+    [other] = await say(rig, "T0", Token(turn="T0", text="of another turn"))
+    await rig.ask(NEW)
+    following = asyncio.create_task(heard(await door.follow(NEW, other)))
+    await say(rig, NEW, *answer(NEW))
+    assert await following == answer(NEW)
+
+
+async def test_a_turn_is_known_while_it_is_kept_or_somebody_works(rig: Rig, door: NatsTurns):
+    assert not await door.known(NEW)
+    await rig.ask(NEW)
+    assert await door.known(NEW)
+    await rig.admin.purge_stream("CF_WORK_ROUTER")
+    assert not await door.known(NEW)
+    await say(rig, NEW, *answer(NEW))
+    assert await door.known(NEW)
 
 
 async def test_the_id_of_another_turn_s_event_is_a_place_like_any_other(rig: Rig, door: NatsTurns):

@@ -21,6 +21,7 @@ from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineUnre
 from capibara_flow.ports import Abilities, Finish, Text, ToolFragment
 from capibara_flow.runtime import connection
 from capibara_flow.runtime.embedded import EmbeddedBroker
+from capibara_flow.runtime.output import stored
 from capibara_flow.settings import Settings, WorkerSettings
 from tests.conftest import settings_for
 from tests.fakes import FakeAnswer, FakeAnswers, FakeEngine, spoken
@@ -56,6 +57,11 @@ class Stand:
     async def until(self, subject: str) -> list[dict[str, Any]]:
         """The bodies published on subjects that begin so, once there are any."""
         return await until(lambda: [json.loads(each.data) for each in self.heard if each.subject.startswith(subject)])
+
+    async def logged(self) -> list[dict[str, Any]]:
+        """The facts that the log keeps of calls."""
+        async with wiring.connected(self.settings, "observer") as observer:
+            return [json.loads(each.data) for each in await stored(observer, f"cf.log.{TURN}.caller", 0, "CF_LOG")]
 
     async def waiting(self) -> int:
         """How many messages the queue holds: work queues drop what was settled."""
@@ -222,8 +228,26 @@ async def test_the_next_expert_goes_on_when_one_is_out_of_reach(start: Start) ->
     done = answers.outputs[-1]
     assert isinstance(done, Done)
     assert done.model_id == "other"
-    events = [json.loads(each.data) for each in stand.heard if each.subject.startswith(f"cf.log.{TURN}.caller")]
+    events = await stand.logged()
     assert [(event["expert"], event["outcome"]) for event in events] == [("ex.pert", "passed on: engine unreachable"), ("other", "stop")]
+    assert [event["attempt"] for event in events] == [1, 2]
+
+
+async def test_experts_that_are_all_out_of_reach_are_asked_in_turn_and_the_client_told(start: Start) -> None:
+    engines = [FakeEngine(error=EngineUnreachable(f"{name} is down")) for name in ("ex.pert", "other")]
+    answers = FakeAnswers([ROUTED])
+    stand = await start(engines[0], answers, others={"other": engines[1]}, retry_seconds=0.3)
+    await stand.call(COMMAND.model_copy(update={"alternatives": ("other",)}), **{DEADLINE: f"{time.time() + 4:.3f}"})
+    await stand.until(f"cf.dead.{TURN}")
+    assert min(len(engine.requests) for engine in engines) > 1
+    failed = answers.outputs[-1]
+    assert isinstance(failed, Failed)
+    assert failed.title == "engine unreachable"
+    reasons = {json.loads(each.data)["reason"] for each in stand.heard if each.subject == f"cf.out.{TURN}.data.main"}
+    assert reasons <= {"ex.pert is down", "other is down"}
+    assert reasons
+    attempts = [event["attempt"] for event in await stand.logged()]
+    assert attempts == list(range(1, len(attempts) + 1))
 
 
 async def test_an_engine_that_comes_back_before_the_deadline_is_waited_for(start: Start) -> None:

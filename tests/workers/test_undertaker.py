@@ -16,13 +16,13 @@ from capibara_flow.runtime import connection
 from capibara_flow.runtime.answers import FencedAnswers
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.embedded import EmbeddedBroker
-from capibara_flow.runtime.output import stored
+from capibara_flow.runtime.output import last_message, stored
 from capibara_flow.settings import Settings
 from tests.conftest import settings_for
 from tests.runtime.rig import flushed
 from tests.waiting import until
-from topics.chat import CancelTurn, EraseTurn
-from topics.output import Done, Output, Token, Usage, parse
+from topics.chat import EXPIRED, CancelTurn, EraseTurn
+from topics.output import Done, Failed, Output, Token, Usage, parse
 from topics.streams import READERS, Layout, reader_key
 from workers import undertaker
 
@@ -59,9 +59,9 @@ class Stand:
             yield hub
             await hub.stop()
 
-    async def cancel(self) -> None:
+    async def cancel(self, reason: str = "asked") -> None:
         """Let the door stop the turn."""
-        signal = CancelTurn(turn=TURN)
+        signal = CancelTurn(turn=TURN, reason=reason)
         await self.edge.jetstream().publish(signal.subject, signal.model_dump_json().encode())
 
     async def said(self) -> list[Output]:
@@ -93,6 +93,15 @@ class Stand:
         await self.edge.publish(reader_key(TURN), b"", headers={"Nats-TTL": f"{seconds}s"})
         await flushed(self.edge)
 
+    async def gone(self) -> None:
+        """Return when the broker has marked that nobody reads the turn."""
+
+        async def marked() -> bool:
+            found = await last_message(self.edge, reader_key(TURN), READERS)
+            return found is not None and b"Nats-Marker-Reason" in found.headers
+
+        await until(marked)
+
 
 @pytest.fixture
 async def stand(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Stand]:
@@ -111,6 +120,14 @@ async def test_a_cancelled_turn_that_nobody_works_on_is_ended(stand: Stand) -> N
     assert isinstance(usage, Usage)
     assert isinstance(done, Done)
     assert done.finish_reason == "cancelled"
+
+
+async def test_a_turn_whose_time_is_up_fails(stand: Stand) -> None:
+    await stand.undertaker()
+    await stand.cancel(EXPIRED)
+    (failed,) = await stand.until_ended()
+    assert isinstance(failed, Failed)
+    assert failed.status == 504
 
 
 async def test_a_cancellation_that_came_before_the_undertaker_is_heard(stand: Stand) -> None:
@@ -165,13 +182,7 @@ async def test_a_turn_that_nobody_reads_any_more_is_stopped(stand: Stand) -> Non
 
 async def test_readers_that_left_while_no_undertaker_was_there_are_missed_later(stand: Stand) -> None:
     await stand.reads(1)
-
-    async def gone() -> bool:
-        async with wiring.connected(stand.settings, "observer") as observer:
-            info = await observer.jetstream().stream_info(READERS)
-            return info.state.last_seq > 1
-
-    await until(gone)
+    await stand.gone()
     await stand.undertaker()
     await stand.until_ended()
 
@@ -182,7 +193,7 @@ async def test_a_reader_that_stays_or_comes_back_is_no_absence(stand: Stand) -> 
     await stand.settled()
     await first.aclose()
     await stand.reads(1)
-    await asyncio.sleep(1.5)  # the broker's clock, not ours: the lease has to run out
+    await stand.gone()
     await stand.reads(60)
     await stand.undertaker()
     await stand.settled()

@@ -100,7 +100,7 @@ class WorkerSettings(Group):
     """How workers take work: *ack_wait_seconds* without a heartbeat and the message goes to somebody else.
 
     *max_deliver* processes at most may die at it. What goes wrong for a while, an engine that is down, say, is tried again every
-    *retry_seconds* until the turn's deadline, or for *patience_seconds* at most.
+    *retry_seconds* until the turn's deadline, or for *patience_seconds* in each delivery.
     """
 
     ack_wait_seconds: float = Field(default=5, gt=0)

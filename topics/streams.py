@@ -31,7 +31,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Consumer:
-    """One durable pull consumer: *ack_wait* in seconds, *permits* messages at once over all its processes."""
+    """One durable pull consumer: *ack_wait* in seconds, *max_ack_pending* messages at once over all its processes."""
 
     stream: str
     durable: str

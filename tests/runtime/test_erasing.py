@@ -21,6 +21,8 @@ from topics.plan import Plan
 from topics.streams import Layout, reader_key, undertaker_consumer
 from workers import undertaker
 
+pytestmark = pytest.mark.slow  # it waits until all is quiet for as long as somebody may sleep
+
 STREAMS = [stream.name for stream in Layout().streams]
 DONE = Done(turn="T1", finish_reason="cancelled", model_id="phi")
 

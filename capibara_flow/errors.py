@@ -3,9 +3,10 @@ Two questions decide every error's name: may we try again, and who must know?
 
 * CapibaraError
   x Transient             the message comes again after a delay; the client waits
-    - EngineBusy          the engine asked us to slow down
-    - EngineUnreachable   no connection, or none in time
-    - EngineBroke         the stream ended without a finish reason, or stalled
+    - EngineFault         an engine cannot answer now
+      - EngineBusy        it asked us to slow down
+      - EngineUnreachable no connection, or none in time
+      - EngineBroke       the stream ended without a finish reason, or stalled
     - LeaseLost           somebody else writes this answer now
     - BrokerUnavailable   the broker did not acknowledge in time
   x Terminal              the turn ends with a ``Failed`` that the client sees
@@ -45,17 +46,21 @@ class Transient(CapibaraError):
     retryable = True
 
 
-class EngineBusy(Transient):
+class EngineFault(Transient):
+    """An engine cannot answer now; another one may."""
+
+
+class EngineBusy(EngineFault):
     """The engine asked us to slow down."""
 
 
-class EngineUnreachable(Transient):
+class EngineUnreachable(EngineFault):
     """No connection to the engine, or none in time."""
 
     status = 502
 
 
-class EngineBroke(Transient):
+class EngineBroke(EngineFault):
     """The engine's stream ended without a finish reason, reported an error, or stalled."""
 
     status = 502

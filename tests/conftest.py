@@ -1,6 +1,7 @@
 """Fixtures that start the real thing: a broker on a free port, a scripted engine, workers and a door in this process."""
 
 import asyncio
+import logging
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -10,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import structlog
 from aiohttp import ClientSession
 from aiohttp.test_utils import TestServer
 
@@ -26,6 +28,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).parent / "answers.toml"
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """Whatever a test sets up for logging ends with it."""
+    root = logging.getLogger()
+    before = set(root.handlers)
+    yield
+    for each in set(root.handlers) - before:
+        root.removeHandler(each)
+    structlog.reset_defaults()
 
 
 @pytest.fixture

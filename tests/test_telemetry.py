@@ -1,8 +1,6 @@
 """Logs hide secrets; metrics have closed label sets."""
 
 import json
-import logging
-from collections.abc import Iterator
 
 import prometheus_client
 import pytest
@@ -12,16 +10,6 @@ from hypothesis import strategies as st
 
 from capibara_flow import telemetry
 from capibara_flow.telemetry import redact
-
-
-@pytest.fixture
-def _configured() -> Iterator[None]:
-    root = logging.getLogger()
-    before = set(root.handlers)
-    yield
-    for each in set(root.handlers) - before:
-        root.removeHandler(each)
-    structlog.reset_defaults()
 
 
 @pytest.mark.parametrize("key", ["password", "client_secret", "api_key", "apikey", "Authorization", "cookie", "access_token"])
@@ -53,7 +41,7 @@ def test_counts_of_tokens_are_no_secret() -> None:
     assert redact(None, "info", {"event": "x", "tokens": 3, "completion_tokens": 5}) == {"event": "x", "tokens": 3, "completion_tokens": 5}
 
 
-@pytest.mark.usefixtures("_configured")
+@pytest.mark.usefixtures("own_logging")
 def test_a_line_of_the_log_is_json_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
     telemetry.configure(level="info", style="json")
     error = ConnectionError("cannot reach nats://edge:hush@127.0.0.1")
@@ -79,7 +67,7 @@ def test_secrets_do_not_show_inside_lists_and_tables() -> None:
     assert "hush" not in str(logged)
 
 
-@pytest.mark.usefixtures("_configured")
+@pytest.mark.usefixtures("own_logging")
 def test_a_line_for_people_hides_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     telemetry.configure(level="debug", style="console")
     structlog.get_logger().debug("started", api_key="sk-hush-hush-hush")

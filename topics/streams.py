@@ -79,8 +79,8 @@ class Layout:
                 "CF_CTL", ("cf.ctl.*.cancel", "cf.ctl.*.erased"), "limits", self.turn_age, -1, 2 * share, max_per_subject=1, direct=True
             ),
             Stream("CF_DEAD", ("cf.dead.*.*",), "limits", self.dead_age, 100_000, 4 * share, direct=True),
-            Stream(READERS, ("$KV.CF_READERS.*",), "limits", self.turn_age, -1, share, bucket=True, max_per_subject=1, direct=True),
-            Stream(KEYS, ("$KV.CF_KEYS.*.*",), "limits", self.turn_age, -1, share, bucket=True, max_per_subject=1, direct=True),
+            Stream(READERS, (reader_key("*"),), "limits", self.turn_age, -1, share, bucket=True, max_per_subject=1, direct=True),
+            Stream(KEYS, (claim_key("*", "*"),), "limits", self.turn_age, -1, share, bucket=True, max_per_subject=1, direct=True),
         ]
         if self.log:
             streams.append(Stream("CF_LOG", ("cf.log.>",), "limits", self.turn_age, -1, 16 * share, direct=True))
@@ -108,12 +108,17 @@ def undertaker_consumer() -> Consumer:
 
 def absence_consumer() -> Consumer:
     """Tells undertakers of turns that nobody reads any more."""
-    return Consumer(READERS, "undertaker", "$KV.CF_READERS.*")
+    return Consumer(READERS, "undertaker", reader_key("*"))
 
 
 def reader_key(turn: str) -> str:
     """Where the lease of the readers of *turn* is."""
     return f"$KV.CF_READERS.{turn}"
+
+
+def claim_key(key: str, turn: str) -> str:
+    """Where it stands that *turn* has claimed the idempotency key with the hash *key*."""
+    return f"$KV.CF_KEYS.{key}.{turn}"
 
 
 def erased_mark(turn: str) -> str:
@@ -123,7 +128,7 @@ def erased_mark(turn: str) -> str:
 
 def traces(turn: str) -> tuple[str, ...]:
     """Every subject that can hold something of *turn*: to erase these is to erase it."""
-    return f"cf.*.{turn}.>", reader_key(turn), f"$KV.CF_KEYS.*.{turn}"
+    return f"cf.*.{turn}.>", reader_key(turn), claim_key("*", turn)
 
 
 def caller_consumer(expert: str) -> Consumer:

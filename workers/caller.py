@@ -10,7 +10,7 @@ from faststream.nats import NatsBroker
 
 from capibara_flow.domain.answering import Account
 from capibara_flow.domain.continuing import Held, Way, continuing, held, limited, tokens_left, way_on
-from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineUnreachable, QueueFull, UnknownExpert
+from capibara_flow.errors import BadRequest, EngineBroke, EngineFault, QueueFull, UnknownExpert
 from capibara_flow.ports import Answer, Answers, ChatEngine, Finish, Piece
 from capibara_flow.runtime.hops import Stage
 from capibara_flow.runtime.work import attempt, seconds_left, tries
@@ -43,7 +43,7 @@ def build(
         try:
             async with answers.open(command.turn, command.branch) as answer:
                 await attempted.run(answer)
-        except (EngineUnreachable, EngineBusy, EngineBroke) as error:
+        except EngineFault as error:
             if attempted.account is None or not _out_of_reach(command, error, 2 * retry_seconds):
                 raise
             if command.passed >= len(command.alternatives):  # all have been asked
@@ -78,7 +78,7 @@ class Attempt:
         account = self._begin(holds, way_on(holds, self._command.request, self._engine.abilities))
         try:
             await self._stream(answer, holds, account)
-        except (EngineUnreachable, EngineBusy, EngineBroke):
+        except EngineFault:
             if account.unseen:
                 await answer.finish(account.usage)  # what nobody saw would not be counted later
             raise
@@ -138,7 +138,7 @@ def passed_on(command: CallExpert) -> CallExpert:
     )
 
 
-def _out_of_reach(command: CallExpert, error: EngineUnreachable | EngineBusy | EngineBroke, enough: float) -> bool:
+def _out_of_reach(command: CallExpert, error: EngineFault, enough: float) -> bool:
     """Whether it is the next expert's turn: one that broke off may still go on with another replica.
 
     With less than *enough* seconds left it is nobody's any more, and the turn ends with what went wrong last.

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from capibara_flow.errors import EngineBroke, EngineBusy, EngineUnreachable
+from capibara_flow.errors import EngineBusy, EngineFault, EngineUnreachable
 from capibara_flow.ports import Abilities, ChatEngine, Piece
 from topics.chat import ChatRequest
 
@@ -50,7 +50,7 @@ class Replicas:
                     async for piece in pieces:
                         begun = True
                         yield piece
-            except (EngineUnreachable, EngineBusy, EngineBroke):
+            except EngineFault:
                 replica.rests_until = self._clock() + REST_SECONDS
                 if begun or not waiting:
                     raise

@@ -15,7 +15,7 @@ from nats.errors import Error as NatsError
 from capibara_flow.errors import BrokerUnavailable, LeaseLost, TooLarge
 from capibara_flow.runtime.client import TokenClient, status
 from capibara_flow.runtime.lease import WRONG_SEQUENCE, Lease
-from capibara_flow.runtime.output import everything, fits, last_message
+from capibara_flow.runtime.output import ended, everything, fits, last_message
 from capibara_flow.telemetry import log
 from topics.output import Output, known
 from topics.streams import erased_mark
@@ -222,9 +222,7 @@ class FencedAnswers:
         return await last_message(self.client, f"cf.ctl.{turn}.cancel", stream="CF_CTL") is not None
 
     async def ended(self, turn: str, branch: str) -> bool:
-        last = await last_message(self.client, f"cf.out.{turn}.data.{branch}")
-        output = known(last.data.rsplit(b"\n", 1)[-1]) if last else None
-        return output is not None and output.final
+        return bool(await ended(self.client, turn, branch))
 
     async def _look_for_cancel(self, answer: FencedAnswer) -> None:
         """Whether somebody asked for it when we could not hear."""

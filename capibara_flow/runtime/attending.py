@@ -9,14 +9,15 @@ import math
 from nats.errors import Error as NatsError
 
 from capibara_flow.errors import BrokerUnavailable
-from capibara_flow.runtime.client import TokenClient, encoded, header
+from capibara_flow.runtime.bucket import REMOVED, marker, removed
+from capibara_flow.runtime.client import TokenClient, encoded
 from capibara_flow.runtime.output import last_message
 from capibara_flow.telemetry import log
 from topics.streams import READERS, reader_key
 
 _AWAY = 0.2  # seconds between looks for a broker that is away: keys may have little left when it comes back
 _AGAIN = 1.0  # seconds until the bucket is asked again that did not answer
-_REMOVED = encoded({"KV-Operation": "PURGE", "Nats-Rollup": "sub", "Nats-TTL": "1s"})  # as in NATS ADR-8
+_REMOVED = encoded(REMOVED)
 
 
 class Attendance:
@@ -49,9 +50,7 @@ class Attendance:
     async def is_attended(self, turn: str) -> bool:
         """Whether whoever reads *turn* has to attend it; raises ``BrokerUnavailable``."""
         last = await last_message(self._client, reader_key(turn), READERS)
-        if last is None or header(last.headers, b"KV-Operation"):
-            return False
-        return header(last.headers, b"Nats-Marker-Reason") in {b"", b"MaxAge"}
+        return last is not None and not removed(last) and marker(last) in {b"", b"MaxAge"}
 
     def _renew_in(self, seconds: float) -> None:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._renew)

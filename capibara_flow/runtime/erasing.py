@@ -12,9 +12,7 @@ from nats.errors import Error as NatsError
 
 from capibara_flow.errors import BrokerUnavailable, TurnUnknown
 from capibara_flow.runtime.client import TokenClient
-from capibara_flow.runtime.output import last_message
-from topics.chat import CancelTurn
-from topics.output import FINALS, event_of
+from capibara_flow.runtime.output import cancel, ended
 from topics.streams import erased_mark, subject_token, traces
 
 _QUEUES, _SIGNALS = "CF_WORK", "CF_CTL"
@@ -39,28 +37,13 @@ async def erase(client: TokenClient, turn: str, streams: Sequence[str], *, retry
         raise TurnUnknown(f"{turn!r} is no turn's id")
     queues = [name for name in streams if name.startswith(_QUEUES)]
     waiting = await _purge(client, turn, queues)
-    begun = waiting > 0 or await _ended(client, turn) is False
+    begun = waiting > 0 or await ended(client, turn) is False
     if begun:
         await _mark(client, turn)
-        await _stop(client, turn)
+        await cancel(client.jetstream(), turn, "erased")
         waiting += await _purge(client, turn, queues)
         await _end(client, turn)
     return waiting + await _sweep(client, turn, streams, calm=_PAUSE + (retry_seconds if begun else 0))
-
-
-async def _ended(client: TokenClient, turn: str) -> bool | None:
-    """Whether the last word of *turn* is said; none when it has not said a word."""
-    last = await last_message(client, f"cf.out.{turn}.data.main")
-    return None if last is None else event_of(last.data.rsplit(b"\n", 1)[-1]) in FINALS
-
-
-async def _stop(client: TokenClient, turn: str) -> None:
-    """Tell everybody who works on *turn*, now or later, to stop."""
-    signal = CancelTurn(turn=turn, reason="erased")
-    try:
-        await client.jetstream().publish(signal.subject, signal.model_dump_json().encode(), timeout=_TIMEOUT)
-    except (NatsError, TimeoutError) as error:
-        raise BrokerUnavailable(f"the broker does not take the signal to stop {turn}: {error!r}") from error
 
 
 async def _mark(client: TokenClient, turn: str) -> None:
@@ -75,7 +58,7 @@ async def _end(client: TokenClient, turn: str) -> None:
     """Wait until the last word of *turn* is said, so that who reads it hears the end; but only a short while."""
     loop = asyncio.get_running_loop()
     patience = loop.time() + _END
-    while not await _ended(client, turn):
+    while not await ended(client, turn):
         if loop.time() > patience:
             return
         await asyncio.sleep(_LOOK)

@@ -24,7 +24,7 @@ from capibara_flow.domain.continuing import failing, held
 from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, LeaseLost, QueueFull, Transient
 from capibara_flow.ports import Answers
 from capibara_flow.runtime import work
-from capibara_flow.runtime.lease import WRONG_SEQUENCE, nobody_holds
+from capibara_flow.runtime.lease import WRONG_SEQUENCE, behind
 from capibara_flow.runtime.output import FULL, fits, publish_once
 from capibara_flow.runtime.provision import ensure_consumer, ensure_stream
 from capibara_flow.runtime.pump import Pump
@@ -137,7 +137,7 @@ class Stage:
         """Let *pause* seconds pass before the next try, and the client know what it waits for."""
         work.try_again(error)
         log.warning("work_tried_again", stage=self.hop.worker, turn=command.turn, error=repr(error), pause=pause)
-        with suppress(CapibaraError, NatsError, APIError, TimeoutError):  # what the broker refuses now, the next try meets again
+        with suppress(CapibaraError, NatsError, TimeoutError):  # what the broker refuses now, the next try meets again
             if isinstance(error, BrokerUnavailable):
                 await self.restore()
             elif pause:
@@ -179,7 +179,7 @@ class Stage:
             await self._broker.publish(body, message.subject, headers=headers)
             return
         if isinstance(message, Output) and message.opening:
-            headers |= nobody_holds(f"cf.out.{message.turn}.lease.{message.branch}")
+            headers |= behind(0, f"cf.out.{message.turn}.lease.{message.branch}")  # nobody holds it
         await self._store(message.subject, body, headers)
 
     async def _store(self, subject: str, body: bytes, headers: dict[str, str]) -> None:

@@ -11,17 +11,14 @@ import time
 from nats.errors import Error as NatsError
 
 from capibara_flow.errors import BrokerUnavailable, KeyReused
-from capibara_flow.runtime.client import TokenClient, header
-from capibara_flow.runtime.lease import WRONG_SEQUENCE
-from capibara_flow.runtime.output import Stored, last_message
-from topics.streams import KEYS
+from capibara_flow.runtime.bucket import REMOVED, marker, removed
+from capibara_flow.runtime.client import TokenClient
+from capibara_flow.runtime.lease import WRONG_SEQUENCE, behind
+from capibara_flow.runtime.output import last_message
+from topics.streams import KEYS, claim_key
 
-_BUCKET = "$" + KEYS.replace("_", ".", 1)
-_EXPECTED, _EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence", "Nats-Expected-Last-Subject-Sequence-Subject"
 #: JetStream's codes: the condition does not hold, or somebody else's write under the same condition is still on its way.
 _REFUSED = {WRONG_SEQUENCE, 10164}
-#: What removes a key (NATS ADR-8) and is soon gone itself: else a marker would follow when it ages out, behind whatever came after it.
-_REMOVED = {"KV-Operation": "PURGE", "Nats-Rollup": "sub", "Nats-TTL": "1s"}
 _RACES, _PAUSE = 20, 0.05
 _TIMEOUT = 5.0
 
@@ -38,8 +35,8 @@ class Keys:
         for _ in range(_RACES):
             if await self._write(key, turn, body, expected):
                 return turn, deadline
-            found = await last_message(self._client, _all(key), KEYS)
-            if found is None or _is_marker(found):
+            found = await last_message(self._client, claim_key(key, "*"), KEYS)
+            if found is None or removed(found) or marker(found):
                 expected = found.sequence if found else 0
                 continue
             owner, claimed = found.subject.rpartition(".")[2], json.loads(found.data)
@@ -47,7 +44,7 @@ class Keys:
                 raise KeyReused("this Idempotency-Key came with another request before")
             if claimed["deadline"] > time.time() or await self._began(owner):
                 return owner, claimed["deadline"]
-            await self._write(key, owner, b"", found.sequence, **_REMOVED)
+            await self._write(key, owner, b"", found.sequence, **REMOVED)
             await asyncio.sleep(_PAUSE)
         raise BrokerUnavailable("too many come with this key at once; try again")
 
@@ -57,9 +54,9 @@ class Keys:
 
     async def _write(self, key: str, turn: str, body: bytes, expected: int, **headers: str) -> bool:
         """Write of *key* and *turn* what follows the message *expected*; false when another one followed."""
-        condition = {_EXPECTED: str(expected), _EXPECTED_SUBJECT: _all(key)}
+        condition = behind(expected, claim_key(key, "*"))
         try:
-            reply = await self._client.request(f"{_BUCKET}.{key}.{turn}", body, timeout=_TIMEOUT, headers=condition | headers)
+            reply = await self._client.request(claim_key(key, turn), body, timeout=_TIMEOUT, headers=condition | headers)
         except (NatsError, TimeoutError) as error:
             raise BrokerUnavailable(f"no key can be kept now: {error!r}") from error
         refusal = json.loads(reply.data).get("error")
@@ -68,13 +65,3 @@ class Keys:
         if refusal.get("err_code") in _REFUSED:
             return False
         raise BrokerUnavailable(f"no key can be kept now: {refusal['description']}")
-
-
-def _all(key: str) -> str:
-    """The subjects of every turn that *key* has stood for."""
-    return f"{_BUCKET}.{key}.*"
-
-
-def _is_marker(message: Stored) -> bool:
-    """Whether *message* stands where a key was: it aged out, or was removed."""
-    return bool(header(message.headers, b"Nats-Marker-Reason") or header(message.headers, b"KV-Operation"))

@@ -14,9 +14,9 @@ _EXPECTED, _EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence", "Nats-Expe
 _TIMEOUT = 5.0
 
 
-def nobody_holds(subject: str) -> dict[str, str]:
-    """Headers: what is published with them is stored only as long as nobody has taken the lease *subject*."""
-    return {_EXPECTED: "0", _EXPECTED_SUBJECT: subject}
+def behind(sequence: int, subject: str) -> dict[str, str]:
+    """Headers: what is published with them is stored only while *sequence* is the last of *subject* (0: while there is none)."""
+    return {_EXPECTED: str(sequence), _EXPECTED_SUBJECT: subject}
 
 
 class Lease:
@@ -30,7 +30,7 @@ class Lease:
     def _hold(self, sequence: int) -> None:
         self._sequence = sequence
         #: Encoded headers: what is published with them is stored only while the lease is ours.
-        self.condition = encoded({_EXPECTED: str(sequence), _EXPECTED_SUBJECT: self._subject})
+        self.condition = encoded(behind(sequence, self._subject))
 
     async def take(self) -> bool:
         """Take it; whether somebody held it before us. Raises ``LeaseLost`` and ``BrokerUnavailable``."""

@@ -16,6 +16,8 @@ from nats.js.errors import APIError, NoStreamResponseError
 
 from capibara_flow.errors import BrokerUnavailable, TooLarge
 from capibara_flow.runtime.client import TokenClient, description, header, status
+from topics.chat import CancelTurn
+from topics.output import known
 
 OUT = "CF_OUT"
 #: JetStream's codes for a stream that is full (of messages or bytes), and for a disk that is.
@@ -63,6 +65,24 @@ class Stored:
 async def last_message(client: Client, subject: str, stream: str = OUT) -> Stored | None:
     """The last message of *subject*, asked of the stream's leader; none also when there is no such stream. Raises ``BrokerUnavailable``."""
     return await one_message(client, stream, last_by_subj=subject)
+
+
+async def ended(client: Client, turn: str, branch: str = "main") -> bool | None:
+    """Whether the last that was said on *branch* is final; none when nothing was said. Raises ``BrokerUnavailable``."""
+    last = await last_message(client, f"cf.out.{turn}.data.{branch}")
+    if last is None:
+        return None
+    output = known(last.data.rsplit(b"\n", 1)[-1])
+    return output is not None and output.final
+
+
+async def cancel(jetstream: JetStreamContext, turn: str, reason: str) -> None:
+    """Tell everybody who works on *turn*, now or later, to stop; raises ``BrokerUnavailable``."""
+    signal = CancelTurn(turn=turn, reason=reason)
+    try:
+        await jetstream.publish(signal.subject, signal.model_dump_json().encode(), timeout=_TIMEOUT)
+    except (NatsError, TimeoutError) as error:
+        raise BrokerUnavailable("the broker does not take the cancellation now") from error
 
 
 async def one_message(client: Client, stream: str, **which: Any) -> Stored | None:

@@ -7,19 +7,16 @@ leaves a marker in its place, and so tells even of readers whose door was killed
 import asyncio
 
 from nats.aio.msg import Msg
-from nats.errors import Error as NatsError
-from nats.js.errors import APIError
 
 from capibara_flow.errors import BrokerUnavailable
+from capibara_flow.runtime.bucket import MARKER
 from capibara_flow.runtime.client import TokenClient
-from capibara_flow.runtime.output import last_message
+from capibara_flow.runtime.output import cancel, last_message
 from capibara_flow.runtime.provision import ensure_consumer, ensure_stream
 from capibara_flow.runtime.pump import Pump
 from capibara_flow.telemetry import log
-from topics.chat import CancelTurn
 from topics.streams import READERS, Layout, absence_consumer, reader_key
 
-_MARKER = "Nats-Marker-Reason"
 _RETURN = 5.0  # seconds in which doors come back after an outage, and renew what they could not renew meanwhile
 _PERMITS = 256
 
@@ -51,11 +48,11 @@ class Absences:
 
     async def _look(self, message: Msg) -> None:
         """A reader came, stayed or left (most messages), or all have been gone for too long."""
-        if message.headers and _MARKER in message.headers:
+        if message.headers and MARKER in message.headers:
             turn = message.subject.rsplit(".", 1)[1]
             try:
                 await self._abandoned(turn, message.metadata.sequence.stream)
-            except (NatsError, APIError, TimeoutError, BrokerUnavailable) as error:
+            except BrokerUnavailable as error:
                 log.warning("absence_unsettled", turn=turn, error=repr(error))
                 return  # the marker comes again
         await message.ack()
@@ -74,5 +71,4 @@ class Absences:
         if last is None or last.sequence != sequence:
             return  # a reader has come back, or the turn has been erased
         log.info("turn_abandoned", turn=turn)
-        signal = CancelTurn(turn=turn, reason="abandoned")
-        await self._jetstream.publish(signal.subject, signal.model_dump_json().encode(), timeout=5)
+        await cancel(self._jetstream, turn, "abandoned")

@@ -18,9 +18,9 @@ from capibara_flow.runtime.attending import Attendance, Seat
 from capibara_flow.runtime.client import TokenClient, header
 from capibara_flow.runtime.kept import Kept
 from capibara_flow.runtime.keys import Keys
-from capibara_flow.runtime.output import FULL, OUT, publish_once, stored
+from capibara_flow.runtime.output import FULL, OUT, cancel, publish_once, stored
 from capibara_flow.telemetry import log
-from topics.chat import EXPIRED, CancelTurn, Erased, EraseTurn, RouteTurn
+from topics.chat import EXPIRED, Erased, EraseTurn, RouteTurn
 from topics.message import DEADLINE, PRINCIPAL, TENANT, Message
 from topics.output import FINALS, event_of
 from topics.streams import Consumer
@@ -320,11 +320,7 @@ class NatsTurns:
         return True
 
     async def cancel(self, turn: str, reason: str) -> None:
-        signal = CancelTurn(turn=turn, reason=reason)
-        try:
-            await self._jetstream.publish(signal.subject, signal.model_dump_json().encode(), timeout=5)
-        except (NatsError, TimeoutError) as error:
-            raise BrokerUnavailable("the broker does not take the cancellation now") from error
+        await cancel(self._jetstream, turn, reason)
 
     async def erase(self, turn: str) -> int:
         request = EraseTurn(turn=turn)

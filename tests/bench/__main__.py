@@ -1,11 +1,9 @@
 """Measure Capibara beside the bare engine, and keep the figures: ``python -m tests.bench [--quick] [--scenario NAME]... [--rounds N]``."""
 
 import argparse
-import csv
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,6 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from tests import figures
 
 from . import scenarios, system
 from .scenarios import BARS, SCENARIOS, Figure, Scenario
@@ -132,36 +132,18 @@ def bars(series: Series) -> Iterator[str]:
 def record(series: Series, busy: float, path: Path = FIGURES) -> None:
     """Append the figures, each with all that is needed to compare it later; *busy*: see ``system.others``."""
     date, python = datetime.now(UTC).isoformat(timespec="seconds"), platform.python_version()
-    common = {"date": date, **_code(), "python": python, **_machine(), "busy_percent": f"{busy:.0f}"}
+    common = {"date": date, **figures.code(path), "python": python, **_machine(), "busy_percent": f"{busy:.0f}"}
     rows = [
         common
         | figure._asdict()
         | {"median": f"{statistics.median(values):.6g}", "min": f"{min(values):.6g}", "max": f"{max(values):.6g}", "rounds": len(values)}
         for figure, values in series.items()
     ]
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def _code() -> dict[str, str]:
-    dirty = _git("status", "--porcelain", "--", ".", f":!{FIGURES.relative_to(ROOT)}")
-    return {"commit": _git("rev-parse", "--short=12", "HEAD") or "unknown", "dirty": str(int(bool(dirty)))}
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    figures.append(path, rows)
 
 
 def _machine() -> dict[str, str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {name: _version(package) for name, package in PACKAGES.items()} | {"cpu": model, "cores": str(os.cpu_count())}
+    return {name: _version(package) for name, package in PACKAGES.items()} | {"cpu": figures.cpu(), "cores": str(os.cpu_count())}
 
 
 def _version(package: str) -> str:

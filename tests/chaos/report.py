@@ -1,9 +1,7 @@
 """What came of it: one row for each fault, the bars, the table, and the figures that are kept."""
 
-import csv
 import os
 import platform
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -13,8 +11,8 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from tests import figures
 from tests.chaos.faults import FAULTS
-from tests.chaos.installation import ROOT
 from tests.chaos.plan import Pattern
 
 FIGURES = Path(__file__).with_name("figures.csv")
@@ -125,34 +123,13 @@ def _cells(row: Row) -> list[str]:
 
 def record(rows: Sequence[Row], pattern: Pattern, busy: float, path: Path = FIGURES) -> None:
     """Append the rows, each with all that is needed to compare it later; *busy*: how busy others kept the machine before, in percent."""
-    common = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **_code(path), "python": platform.python_version()}
+    common = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **figures.code(path), "python": platform.python_version()}
     common |= {name: version(package) for name, package in PACKAGES.items()}
-    common |= {"cpu": _cpu(), "cores": os.cpu_count(), "busy_percent": f"{busy:.0f}"}
+    common |= {"cpu": figures.cpu(), "cores": os.cpu_count(), "busy_percent": f"{busy:.0f}"}
     common |= {"seed": pattern.seed, "ack_wait": f"{pattern.ack_wait:g}", "abandon": f"{pattern.abandon:g}"}
     lines = []
     for row in rows:
-        figures = asdict(row) | {name: f"{getattr(row, name):.3f}" for name in _MOST}
-        figures.pop("notes")
-        lines.append(common | figures)
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows(lines)
-
-
-def _code(path: Path) -> dict[str, object]:
-    ours = [f":!{path.relative_to(ROOT)}"] if path.is_relative_to(ROOT) else []
-    dirty = _git("status", "--porcelain", "--", ".", *ours)
-    return {"commit": _git("rev-parse", "--short=12", "HEAD") or "unknown", "dirty": int(bool(dirty))}
-
-
-def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        told = asdict(row) | {name: f"{getattr(row, name):.3f}" for name in _MOST}
+        told.pop("notes")
+        lines.append(common | told)
+    figures.append(path, lines)

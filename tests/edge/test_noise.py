@@ -3,10 +3,8 @@
 import asyncio
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
-import structlog
 
 from capibara_flow import telemetry
 from tests.edge.serving import ANSWER, served
@@ -15,17 +13,7 @@ from tests.fakes import FakeTurns
 SECRET = "hush" * 2500
 
 
-@pytest.fixture
-def _restored() -> Iterator[None]:
-    root = logging.getLogger()
-    before = set(root.handlers)
-    yield
-    for each in set(root.handlers) - before:
-        root.removeHandler(each)
-    structlog.reset_defaults()
-
-
-@pytest.mark.usefixtures("_restored")
+@pytest.mark.usefixtures("own_logging")
 @pytest.mark.parametrize("header", [f"Authorization: Bearer sk-{SECRET}", f"Cookie: session={SECRET}", f"X: {SECRET}", f"{SECRET} broken"])
 async def test_a_request_that_nobody_can_read_is_refused_in_silence(
     header: str, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
@@ -41,7 +29,7 @@ async def test_a_request_that_nobody_can_read_is_refused_in_silence(
     assert "Traceback" not in written + caplog.text
 
 
-@pytest.mark.usefixtures("_restored")
+@pytest.mark.usefixtures("own_logging")
 @pytest.mark.parametrize("name", ["aiohttp.server", "asyncio", "nats.aio.client", "faststream", "faststream.access.nats"])
 def test_libraries_warn_through_our_log(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     telemetry.configure(level="info", style="json")
@@ -61,7 +49,7 @@ def _fail(reason: str) -> None:
     raise ConnectionError(reason)
 
 
-@pytest.mark.usefixtures("_restored")
+@pytest.mark.usefixtures("own_logging")
 def test_a_log_set_up_twice_says_everything_once(capsys: pytest.CaptureFixture[str]) -> None:
     telemetry.configure(level="info", style="json")
     telemetry.configure(level="info", style="console")

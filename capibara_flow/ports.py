@@ -174,10 +174,13 @@ class Feed(Protocol):
 class Turns(Protocol):
     """Opening, following and stopping turns."""
 
-    async def open(self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False) -> Feed:
+    async def open(
+        self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False, recalled: bool = False
+    ) -> Feed:
         """Publish *command*, then follow its output; raises ``QueueFull`` or ``BrokerUnavailable`` if nothing was accepted.
 
-        An *attended* turn is stopped when nobody has read it for a while. The same command again is done once.
+        An *attended* turn is stopped when nobody has read it for a while; one that may be *recalled* later ends at its deadline even
+        if nobody is there then. The same command again is done once.
         """
         ...
 

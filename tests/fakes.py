@@ -162,6 +162,7 @@ class FakeTurns:
         self.erased: int | Exception = 0
         self.opened: list[tuple[RouteTurn, Identity, float]] = []
         self.attended: set[str] = set()
+        self.recalled: set[str] = set()
         self.followed: list[tuple[str, int]] = []
         self.keys: dict[str, tuple[str, str, float]] = {}
         self.cancelled: list[str] = []
@@ -169,12 +170,15 @@ class FakeTurns:
         self.missing: dict[str, str] = {}
         self.closed = 0
 
-    async def open(self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False) -> "FakeFeed":
+    async def open(
+        self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False, recalled: bool = False
+    ) -> "FakeFeed":
         if self.refusal:
             raise self.refusal
         self.opened.append((command, identity, deadline))
         self.stored.add(command.turn)
         self.attended |= {command.turn} if attended else set()
+        self.recalled |= {command.turn} if recalled else set()
         return self._feed(command.turn)
 
     async def follow(self, turn: str, after: int = 0) -> "FakeFeed":

@@ -14,6 +14,7 @@ from topics.streams import (
     Layout,
     absence_consumer,
     caller_consumer,
+    due_key,
     reader_key,
     router_consumer,
     subject_token,
@@ -113,7 +114,7 @@ def test_the_door_may_open_cancel_and_follow_turns_only():
     publish, subscribe = permissions("edge")
     assert {subject for subject in publish if subject.startswith("cf.")} == {message.subjects() for message in DOOR}
     assert subscribe == {"cf.live.*.*", "_INBOX_edge.>"}
-    assert {subject for subject in publish if subject.startswith("$KV.")} == {"$KV.CF_READERS.*", "$KV.CF_KEYS.*.*"}
+    assert {subject for subject in publish if subject.startswith("$KV.")} == {"$KV.CF_READERS.*", "$KV.CF_READERS.*.due", "$KV.CF_KEYS.*.*"}
 
 
 def test_observers_change_nothing():
@@ -137,7 +138,7 @@ def test_subjects_of_messages_fit_their_patterns():
         assert re.fullmatch(r"cf\.[a-z]+\.\{turn\}\.[a-z0-9_.{}]+", message.pattern)
     assert all(output.pattern == Output.pattern for output in OUTPUTS)
     assert all(any(covers(trace, message.pattern.replace("{turn}", "T")) for trace in traces("T")) for message in MESSAGES)
-    assert reader_key("T") in traces("T")
+    assert {reader_key("T"), due_key("T")} <= set(traces("T"))
     consumer = caller_consumer("qwen2.5-coder:1.5b")
     assert covers(CallExpert.subjects(), consumer.filter)
     assert subject_token("qwen2.5-coder:1.5b") in consumer.durable

@@ -79,12 +79,15 @@ class Layout:
                 "CF_CTL", ("cf.ctl.*.cancel", "cf.ctl.*.erased"), "limits", self.turn_age, -1, 2 * share, max_per_subject=1, direct=True
             ),
             Stream("CF_DEAD", ("cf.dead.*.*",), "limits", self.dead_age, 100_000, 4 * share, direct=True),
-            Stream(READERS, (reader_key("*"),), "limits", self.turn_age, -1, share, bucket=True, max_per_subject=1, direct=True),
-            Stream(KEYS, (claim_key("*", "*"),), "limits", self.turn_age, -1, share, bucket=True, max_per_subject=1, direct=True),
+            self._bucket(READERS, reader_key("*"), due_key("*")),
+            self._bucket(KEYS, claim_key("*", "*")),
         ]
         if self.log:
             streams.append(Stream("CF_LOG", ("cf.log.>",), "limits", self.turn_age, -1, 16 * share, direct=True))
         return [replace(stream, replicas=self.replicas) for stream in streams]
+
+    def _bucket(self, name: str, *subjects: str) -> Stream:
+        return Stream(name, subjects, "limits", self.turn_age, -1, self.storage // 64, max_per_subject=1, direct=True, bucket=True)
 
     def named(self, name: str) -> Stream:
         """The stream called *name*; raises ``KeyError``."""
@@ -107,13 +110,18 @@ def undertaker_consumer() -> Consumer:
 
 
 def absence_consumer() -> Consumer:
-    """Tells undertakers of turns that nobody reads any more."""
-    return Consumer(READERS, "undertaker", reader_key("*"))
+    """Tells undertakers of turns that nobody reads any more, and of those that are overdue."""
+    return Consumer(READERS, "undertaker", "$KV.CF_READERS.>")
 
 
 def reader_key(turn: str) -> str:
     """Where the lease of the readers of *turn* is."""
     return f"$KV.CF_READERS.{turn}"
+
+
+def due_key(turn: str) -> str:
+    """Where it stands that *turn*, which nobody has to read, is due."""
+    return f"$KV.CF_READERS.{turn}.due"
 
 
 def claim_key(key: str, turn: str) -> str:
@@ -128,7 +136,7 @@ def erased_mark(turn: str) -> str:
 
 def traces(turn: str) -> tuple[str, ...]:
     """Every subject that can hold something of *turn*: to erase these is to erase it."""
-    return f"cf.*.{turn}.>", reader_key(turn), claim_key("*", turn)
+    return f"cf.*.{turn}.>", reader_key(turn), due_key(turn), claim_key("*", turn)
 
 
 def caller_consumer(expert: str) -> Consumer:

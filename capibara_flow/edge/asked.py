@@ -18,11 +18,17 @@ _YES, _NO = ("true", "1"), ("false", "0")
 
 @dataclass(frozen=True)
 class Terms:
-    """How a turn shall be done: within *seconds*, *attended* or not, once under *key* (a hash) if there is one."""
+    """How a turn shall be done: within *seconds*, *attended* or not, in the *background*, once under *key* (a hash) if there is one."""
 
     seconds: float
     attended: bool = False
     key: str | None = None
+    background: bool = False
+
+    @property
+    def recalled(self) -> bool:
+        """Whether somebody may come back to a turn that nobody attends."""
+        return not self.attended and (self.background or self.key is not None)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class NativeChat:
         if body.timeout_seconds is not None and body.timeout_seconds > most:
             raise BadRequest(f"timeout_seconds: must be at most {most:g}")
         attended = body.stream and not body.background
-        return Terms(body.timeout_seconds or most, attended, idempotency_key(request, identity.tenant))
+        return Terms(body.timeout_seconds or most, attended, idempotency_key(request, identity.tenant), body.background)
 
     async def _stream(
         self, request: web.Request, opened: Opened, ending: Ending, *, greeting: bytes = b"", place: Place = _BEGINNING

@@ -95,7 +95,8 @@ class Door:
         if turn != ours and await self.turns.exists(turn):
             return replace(await self.follow(turn), replayed=True)
         # Who claimed the key may have died before the turn was on its way: it is sent once, however often we say so.
-        feed = await self.turns.open(RouteTurn(turn=turn, request=request), identity, deadline, attended=terms.attended)
+        kinds = {"attended": terms.attended, "recalled": terms.recalled}
+        feed = await self.turns.open(RouteTurn(turn=turn, request=request), identity, deadline, **kinds)
         return Opened(turn, feed, deadline, replayed=turn != ours)
 
     def own(self, request: web.Request) -> str:

@@ -1,4 +1,4 @@
-"""Turns that nobody reads any more: the broker tells when the lease of a turn's readers runs out.
+"""Turns that nobody reads any more, or that are overdue: the broker tells when the lease of a turn's readers runs out, or its time.
 
 The lease is a key of a bucket, with a time to live that doors renew while they have a reader (NATS ADR-43). When it runs out the broker
 leaves a marker in its place, and so tells even of readers whose door was killed.
@@ -15,7 +15,8 @@ from capibara_flow.runtime.output import cancel, last_message
 from capibara_flow.runtime.provision import ensure_consumer, ensure_stream
 from capibara_flow.runtime.pump import Pump
 from capibara_flow.telemetry import log
-from topics.streams import READERS, Layout, absence_consumer, reader_key
+from topics.chat import EXPIRED
+from topics.streams import READERS, Layout, absence_consumer, due_key, reader_key
 
 _RETURN = 5.0  # seconds in which doors come back after an outage, and renew what they could not renew meanwhile
 _PERMITS = 256
@@ -47,11 +48,14 @@ class Absences:
         await ensure_consumer(self._jetstream, absence_consumer())
 
     async def _look(self, message: Msg) -> None:
-        """A reader came, stayed or left (most messages), or all have been gone for too long."""
+        """A reader came, stayed or left (most messages), or all have been gone for too long, or a turn's time is up."""
         if message.headers and MARKER in message.headers:
-            turn = message.subject.rsplit(".", 1)[1]
+            turn = message.subject.split(".")[2]
             try:
-                await self._abandoned(turn, message.metadata.sequence.stream)
+                if message.subject == due_key(turn):
+                    await cancel(self._jetstream, turn, EXPIRED)
+                else:
+                    await self._abandoned(turn, message.metadata.sequence.stream)
             except BrokerUnavailable as error:
                 log.warning("absence_unsettled", turn=turn, error=repr(error))
                 return  # the marker comes again

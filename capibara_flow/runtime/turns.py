@@ -1,7 +1,6 @@
 """The door's side of the broker: publish a turn, follow its output from any machine, stop it, have it erased."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from capibara_flow.runtime.client import TokenClient, header
 from capibara_flow.runtime.kept import Kept
 from capibara_flow.runtime.keys import Keys
 from capibara_flow.runtime.output import FULL, OUT, cancel, publish_once, stored
+from capibara_flow.runtime.room import Room
 from capibara_flow.telemetry import log
 from topics.chat import EXPIRED, Erased, EraseTurn, RouteTurn
 from topics.message import DEADLINE, PRINCIPAL, TENANT, Message
@@ -26,7 +26,6 @@ from topics.output import FINALS, event_of
 from topics.streams import Consumer
 
 _MOST_PENDING = 2000
-_LATE = 0.5  # seconds in which whoever is at work when a turn's deadline passes ends it himself
 _ERASE_SECONDS = 20.0
 _IDLE_FIRST, _IDLE_MOST = 1.0, 5.0  # seconds between polls of a silent turn: the tail of a feed can be lost unseen
 
@@ -217,15 +216,22 @@ class NatsTurns:
         self._attendance = Attendance(client, abandon_seconds)
         self._kept = Kept(client, turn_age, consumers)
         self._keys = Keys(client)
+        self._room = Room(client, consumers)
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = self._following = 0
 
-    async def open(self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False) -> Feed:
+    async def open(
+        self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False, recalled: bool = False
+    ) -> Feed:
+        await self._room.check()
         follower = Follower(self._client, command.turn, "main", 0)
-        seat = Seat(self._attendance, command.turn)
+        seat = Seat(self._attendance, command.turn, self._expire)
         await follower.start()
+        # Before the turn, lest nobody attends it should this door die in between.
         if attended:
-            seat.take()  # before the turn, lest nobody attends it should this door die in between
+            seat.take(deadline)
+        else:
+            seat.watch(deadline, remember=recalled)
         try:
             await self._publish(command, identity, deadline)
         except BaseException as error:
@@ -234,8 +240,7 @@ class NatsTurns:
             await follower.stop()
             raise
         self._opened += 1
-        overdue = asyncio.get_running_loop().call_later(deadline + _LATE - time.time(), self._expire, command.turn)
-        return await self._feed(follower, seat, overdue=overdue)
+        return await self._feed(follower, seat, backfill=False)
 
     async def follow(self, turn: str, after: int = 0) -> Feed:
         if after:
@@ -243,10 +248,10 @@ class NatsTurns:
         else:
             await self._beginning(turn)
         follower = Follower(self._client, turn, "main", after, partial(self._beginning, turn))
-        seat = Seat(self._attendance, turn)
+        seat = Seat(self._attendance, turn, self._expire)
         await follower.start()
         seat.look()
-        return await self._feed(follower, seat)
+        return await self._feed(follower, seat, backfill=True)
 
     async def _beginning(self, turn: str) -> None:
         """Raises ``TurnGone`` or ``TurnUnknown`` when *turn* has no beginning to wait for, as far as is known now."""
@@ -267,23 +272,21 @@ class NatsTurns:
         except BrokerUnavailable as error:
             log.warning("turn_not_cancelled", turn=turn, error=str(error))
 
-    async def _feed(self, follower: Follower, seat: Seat, *, overdue: asyncio.TimerHandle | None = None) -> Feed:
-        """What *follower* finds; with *overdue* the turn is new and nothing of it is stored."""
-        reading = self._reading(follower, seat, overdue)
+    async def _feed(self, follower: Follower, seat: Seat, *, backfill: bool) -> Feed:
+        """What *follower* finds; without *backfill* the turn is new and nothing of it is stored."""
+        reading = self._reading(follower, seat, backfill=backfill)
         await anext(reading)  # begun, it tidies up even if nobody ever reads it
         return _Feed(follower, reading)
 
-    async def _reading(self, follower: Follower, seat: Seat, overdue: asyncio.TimerHandle | None) -> AsyncGenerator[Sequence[Batch], None]:
+    async def _reading(self, follower: Follower, seat: Seat, *, backfill: bool) -> AsyncGenerator[Sequence[Batch], None]:
         """What *follower* finds, after an empty beginning."""
         self._following += 1
         try:
             yield ()
-            async for batches in follower.batches(backfill=overdue is None):
+            async for batches in follower.batches(backfill=backfill):
                 yield batches
         finally:
             self._following -= 1
-            if overdue:
-                overdue.cancel()
             seat.leave(ended=follower.ended)
             await follower.stop()
 

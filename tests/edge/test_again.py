@@ -310,6 +310,23 @@ async def test_only_a_streamed_turn_in_the_foreground_is_attended(path: str, bod
     assert [command.turn in turns.attended for command, _, _ in turns.opened] == [attended]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "key", "recalled"),
+    [
+        ("/api/chat", {"background": True}, None, True),
+        ("/api/chat", {"stream": False}, "k", True),
+        ("/v1/chat/completions", {}, "k", True),
+        ("/api/chat", {"stream": True}, "k", False),
+        ("/api/chat", {"stream": False}, None, False),
+    ],
+)
+async def test_somebody_may_come_back_to_what_runs_unread(path: str, body: dict[str, Any], key: str | None, recalled: bool) -> None:
+    turns, headers = FakeTurns(*ANSWER), {"Idempotency-Key": key} if key else {}
+    async with client(turns) as session, session.post(path, json={**OPENAI[1], **body}, headers=headers) as response:
+        await response.read()
+    assert [command.turn in turns.recalled for command, _, _ in turns.opened] == [recalled]
+
+
 async def test_a_turn_may_have_less_time_than_others() -> None:
     turns, before = FakeTurns(*ANSWER), time.time()
     async with client(turns) as session, session.post("/api/chat", json={**NATIVE[1], "timeout_seconds": 2.5}) as response:

@@ -9,14 +9,15 @@ import stamina
 from capibara_flow.errors import BrokerUnavailable, QueueFull
 from capibara_flow.ports import Batch, Feed, Identity
 from capibara_flow.runtime import attending, output
+from capibara_flow.runtime.bucket import removed
 from capibara_flow.runtime.client import header
 from capibara_flow.runtime.output import Stored, last_message
 from capibara_flow.runtime.turns import NatsTurns
 from tests.runtime.rig import QUESTION, Line, Rig, flushed, line
 from tests.waiting import until
-from topics.chat import RouteTurn
+from topics.chat import EXPIRED, CancelTurn, RouteTurn
 from topics.output import Done, Token
-from topics.streams import READERS, reader_key
+from topics.streams import READERS, due_key, reader_key
 
 ANA = Identity(principal="ana", tenant="acme")
 DONE = Done(turn="T1", finish_reason="stop", model_id="phi")
@@ -126,6 +127,42 @@ async def test_a_turn_costs_one_message_at_its_beginning_and_one_at_its_end(rig:
     await say(rig, *map(str, range(100)))
     await reading
     assert put == [KEY, KEY]
+
+
+async def due_now(rig: Rig) -> Stored | None:
+    edge = next(each for each in rig.clients if each.options["name"] == "capibara-edge")
+    await flushed(edge)
+    return await last_message(edge, due_key("T1"), READERS)
+
+
+async def test_a_turn_that_may_be_recalled_has_a_key_until_it_is_due(rig: Rig, patient: NatsTurns):
+    command = RouteTurn(turn="T1", request=QUESTION)
+    feed = await patient.open(command, ANA, time.time() + 59.4, recalled=True)
+    assert lives(await due_now(rig)) == "60s"
+    await feed.aclose()  # who asked has gone; the turn goes on
+    assert lives(await due_now(rig)) == "60s"
+    assert await key(rig) is None
+    again = await patient.open(command, ANA, time.time() + 59.4, recalled=True)
+    await say(rig, "a")
+    await read(again)
+    found = await due_now(rig)
+    assert found is None or removed(found)
+
+
+async def test_whoever_reads_an_attended_turn_knows_when_it_is_due(rig: Rig, patient: NatsTurns):
+    due = time.time() + 1
+    await (await patient.open(RouteTurn(turn="T1", request=QUESTION), ANA, due, attended=True)).aclose()
+    other = NatsTurns(await rig.client("edge"), (), abandon_seconds=1000)
+    following = await other.follow("T1")  # the door that opened it reads no more
+    undertaker = await rig.client("undertaker")
+
+    async def overdue() -> bool:
+        found = await last_message(undertaker, "cf.ctl.T1.cancel", "CF_CTL")
+        return found is not None and CancelTurn.read(found.data).reason == EXPIRED
+
+    await until(overdue)
+    assert time.time() > due
+    await following.aclose()
 
 
 async def test_an_unattended_turn_has_no_key(rig: Rig, patient: NatsTurns, put: list[str]):

@@ -64,7 +64,7 @@ class Room:
 def _left(info: StreamInfo) -> float:
     """How many messages a stream would still take, by its limits of messages and of bytes: these as large as those that are there."""
     have, size = info.state.messages, info.state.bytes
-    left = [info.config.max_msgs - have] if (info.config.max_msgs or -1) > 0 else []
-    if (info.config.max_bytes or -1) > 0:
-        left.append((info.config.max_bytes - size) / max(1, size) * max(1, have))
-    return min(left, default=math.inf)
+    most_messages, most_bytes = info.config.max_msgs or -1, info.config.max_bytes or -1
+    by_messages = most_messages - have if most_messages > 0 else math.inf
+    by_bytes = (most_bytes - size) / max(1, size) * max(1, have) if most_bytes > 0 else math.inf
+    return min(by_messages, by_bytes)

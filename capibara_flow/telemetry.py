@@ -23,7 +23,22 @@ TURN_SECONDS = Histogram("capibara_turn_duration_seconds", "From request to fina
 FIRST_TOKEN_SECONDS = Histogram("capibara_first_token_seconds", "From call to first token", ["expert"], buckets=_SECONDS)
 TOKENS = Counter("capibara_tokens", "Tokens counted by engines", ["expert", "direction"])
 STAGE_SECONDS = Histogram("capibara_stage_duration_seconds", "One message's work at a stage", ["stage"], buckets=_SECONDS)
+ROUTED = Counter("capibara_routed", "Turns by the route and the complexity that the router saw in them", ["route", "complexity"])
+ROUTING_SECONDS = Histogram("capibara_routing_seconds", "From a turn's arrival at the router to its decision", buckets=_SECONDS)
 SETTLED = Counter("capibara_work_settled", "Work messages by how they were settled", ["stage", "how"])
+EMBEDDING_HITS = Counter("capibara_embedding_cache_hits", "Texts whose vector was known, or on its way for somebody else")
+EMBEDDING_MISSES = Counter("capibara_embedding_cache_misses", "Texts that had to be embedded")
+ENGINE_UP = Gauge(
+    "capibara_engine_up", "Whether an engine may be asked freely: 0 while its breaker is open or half-open", ["expert", "replica"]
+)
+ENGINE_STREAMS = Gauge("capibara_engine_streams", "Answers that an engine streams to this process now", ["expert", "replica"])
+BREAKER_OPENED = Counter("capibara_engine_breaker_opened", "How often an engine's circuit breaker opened", ["expert", "replica"])
+EXPERT_LOADED = Gauge("capibara_expert_loaded", "Whether a host holds this expert ready (1) or not (0)", ["expert"])
+EXPERT_LOADS = Counter("capibara_expert_loads", "Loads by how they went, and engines that crashed once loaded", ["expert", "outcome"])
+EXPERT_LOAD_SECONDS = Histogram("capibara_expert_load_seconds", "From start to the first real completion", ["expert"], buckets=_SECONDS)
+EXPERT_EVICTIONS = Counter("capibara_expert_evictions", "Experts unloaded to make room for others", ["expert"])
+ANSWER_HITS = Counter("capibara_answer_cache_hits", "Calls answered by what had been said before")
+ANSWER_MISSES = Counter("capibara_answer_cache_misses", "Calls that could have been answered so, had it been said before")
 HTTP = Counter("capibara_http_responses", "Responses of the door", ["route", "status"])
 
 for _outcome in OUTCOMES:

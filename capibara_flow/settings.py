@@ -1,16 +1,28 @@
 """All settings, one frozen tree: ``CAPIBARA_<GROUP>__<FIELD>`` in the environment, experts in one TOML file."""
 
 import json
+import re
 import tomllib
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import pydantic_settings
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from capibara_flow.domain.fleet import Fleet
+from capibara_flow.domain.routes import Routes, parse_routes
+from capibara_flow.domain.toml_lines import line_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pydantic_core import ErrorDetails
+
+#: The routes of a fleet that names none of its own.
+ROUTES = Path(__file__).parent / "routes" / "bb.toml"
+Kind = TypeVar("Kind", bound=BaseModel)
 
 ROLES = ("provisioner", "edge", "router", "caller", "undertaker", "observer")
 
@@ -96,6 +108,26 @@ class FleetSettings(Group):
     file: Path | None = None
 
 
+class RouterSettings(Group):
+    """How questions are read where the fleet has a policy: by the embedding model *embedder*, which remembers *cache_size* texts.
+
+    Models: ``universal``, ``e5``, ``minilm``, or ``sentence-transformers:NAME`` for any of Hugging Face.
+    """
+
+    embedder: str = "universal"
+    cache_size: int = Field(default=8192, ge=0)
+
+
+class AnswersSettings(Group):
+    """The cache of answers: each may be given again for *age_seconds* (0: never) to the same tenant and question.
+
+    Only answers that were drawn at a temperature of *warmest* or below are kept.
+    """
+
+    age_seconds: int = Field(default=0, ge=0)
+    warmest: float = Field(default=0.0, ge=0)
+
+
 class WorkerSettings(Group):
     """How workers take work: *ack_wait_seconds* without a heartbeat and the message goes to somebody else.
 
@@ -112,6 +144,21 @@ class WorkerSettings(Group):
     metrics_port: int | None = None
 
 
+class HostSettings(Group):
+    """The experts that are started on this machine: at most *max_loaded_experts* at a time; unused, they are unloaded again (0: never).
+
+    *reserve_mib* of the memory is left free. More than *queue_size* requests do not wait for room. A load may take *load_timeout_s*,
+    an end *grace_s*.
+    """
+
+    max_loaded_experts: int = Field(default=1, ge=1)
+    auto_unload_after_s: float = Field(default=300, ge=0)
+    reserve_mib: int = Field(default=512, ge=0)
+    queue_size: int = Field(default=64, ge=1)
+    load_timeout_s: float = Field(default=600, gt=0)
+    grace_s: float = Field(default=10, ge=0)
+
+
 class Settings(BaseSettings):
     """The whole tree."""
 
@@ -124,14 +171,22 @@ class Settings(BaseSettings):
     auth: AuthSettings = AuthSettings()
     log: LogSettings = LogSettings()
     fleet: FleetSettings = FleetSettings()
+    router: RouterSettings = RouterSettings()
+    answers: AnswersSettings = AnswersSettings()
     worker: WorkerSettings = WorkerSettings()
+    host: HostSettings = HostSettings()
 
     @cached_property
     def experts(self) -> Fleet:
-        """The fleet of the configured file; raises ``SettingsError`` naming file, key and reason."""
+        """The fleet of the configured file; raises ``SettingsError`` naming file, line, key and reason."""
+        return read_fleet(self.fleet_file)
+
+    @property
+    def fleet_file(self) -> Path:
+        """Where the fleet is; raises ``SettingsError`` when no file was named."""
         if self.fleet.file is None:
             raise SettingsError("no fleet: set CAPIBARA_FLEET__FILE to a TOML file, or use `capibara up --engine URL`")
-        return read_fleet(self.fleet.file)
+        return self.fleet.file
 
 
 class SettingsError(ValueError):
@@ -139,18 +194,50 @@ class SettingsError(ValueError):
 
 
 def read_fleet(path: Path) -> Fleet:
-    """Read a fleet TOML file; raises ``SettingsError`` naming file, key and reason."""
+    """Read a fleet TOML file; raises ``SettingsError`` naming file, line, key and reason."""
+    return read_toml(path, Fleet, "fleet")
+
+
+def read_toml(path: Path, kind: type[Kind], what: str) -> Kind:
+    """Read *path*, a TOML file that holds one *kind*; raises ``SettingsError``: ``file:line: key: reason``, *what* for the whole of it."""
     try:
-        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        raw: dict[str, Any] = tomllib.loads(text)
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        raise SettingsError(f"{path}:{line[1] if line else text.count(chr(10)) + 1}: not TOML: {error}") from error
+    except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: not TOML: {error}") from error
     try:
-        return Fleet.model_validate_json(json.dumps(raw, default=str))
+        return kind.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'fleet'}: {each['msg']}" for each in error.errors())
-        raise SettingsError(f"{path}: {problems}") from error
+        raise SettingsError("; ".join(_problem(path, text, each, what) for each in _own(error.errors()))) from error
+
+
+def _own(found: "Sequence[ErrorDetails]") -> "list[ErrorDetails]":
+    """Without lists that are called too short only because what is in them is wrong, which is told as well."""
+    inner = {each["loc"][:length] for each in found for length in range(len(each["loc"]))}
+    return [each for each in found if each["type"] != "too_short" or each["loc"] not in inner]
+
+
+def _problem(path: Path, text: str, found: "ErrorDetails", what: str) -> str:
+    line = line_of(text, found["loc"])
+    key = ".".join(map(str, found["loc"])) or what
+    return f"{path}{f':{line}' if line else ''}: {key}: {found['msg'].removeprefix('Value error, ')}"
+
+
+def read_routes(path: Path = ROUTES) -> Routes:
+    """Read a routes file, the one that comes along when none is named; raises ``SettingsError`` naming file, line, key and reason."""
+    try:
+        return parse_routes(path.read_text(encoding="utf-8"), path.name if path == ROUTES else str(path))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: not UTF-8: {error.reason}") from error
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def load() -> Settings:

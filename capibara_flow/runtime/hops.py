@@ -7,7 +7,7 @@ The subscriber is FastStream's, with its decoding, validation, middlewares and A
 import asyncio
 import functools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from capibara_flow.domain.continuing import failing, held
 from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, LeaseLost, QueueFull, Transient
 from capibara_flow.ports import Answers
 from capibara_flow.runtime import work
+from capibara_flow.runtime.gating import Gate
 from capibara_flow.runtime.lease import WRONG_SEQUENCE, behind
 from capibara_flow.runtime.output import FULL, fits, publish_once
 from capibara_flow.runtime.provision import ensure_consumer, ensure_stream
@@ -61,6 +62,7 @@ class Stage:
         self._retry_seconds = retry_seconds
         self._patience_seconds = patience_seconds
         self._consumers: dict[str, Consumer] = {}
+        self._taken: dict[tuple[str, int], Any] = {}
         broker.add_middleware(self._settling)
         for message in hop.speaks:
             broker.publisher(message.pattern, schema=message, title=message.__name__)
@@ -76,10 +78,11 @@ class Stage:
             raise TypeError(f"{self.hop.worker} does not serve {request.__name__}: topics.flow does not list it")
         return self._broker.subscriber(request.pattern, queue=self.hop.worker, max_workers=_REQUESTS, title=request.__name__)
 
-    def takes(self, consumer: Consumer, *, permits: int) -> Callable[[Handler], Handler]:
-        """Subscribe a handler of the hop's command to *consumer*, *permits* messages at once.
+    def takes(self, consumer: Consumer, *, permits: int, gate: Gate | None = None) -> Callable[[Handler], Handler]:
+        """Subscribe a handler of the hop's command to *consumer*, *permits* messages at once, and none while *gate* is shut.
 
-        What goes wrong for a while is tried again here, so that deliveries count only the attempts that processes did not survive.
+        What goes wrong for a while is tried again here, so that deliveries count only the attempts that processes did not survive. But a
+        shut gate means that others can do what this process cannot: it is left to them then.
         """
         subscriber = self._broker.subscriber(
             self.hop.consumes.pattern if consumer.filter == self.hop.consumes.subjects() else consumer.filter,
@@ -93,15 +96,26 @@ class Stage:
             title=f"{self.hop.consumes.__name__} at {consumer.durable}",
         )
         self._consumers[consumer.filter] = consumer
-        _pump_instead(subscriber, consumer, permits, self._layout, self._broker.config.graceful_timeout or 0)
+        self._taken[consumer.durable, permits] = subscriber
+        _pump_instead(subscriber, consumer, permits, self._layout, self._broker.config.graceful_timeout or 0, gate=gate)
 
         def subscribe(handler: Handler) -> Handler:
-            subscriber(self._patient(handler))
+            subscriber(self._patient(handler, gate))
             return handler
 
         return subscribe
 
-    def _patient(self, handler: Callable[..., Awaitable[None]]) -> Callable[[Message], Awaitable[None]]:
+    async def take_only(self, wanted: Mapping[Consumer, int], gate: Callable[[Consumer], Gate | None], handler: Handler) -> None:
+        """While running: let *handler* take from *wanted* (permits by consumer) and nothing else; what is at work goes on to its end."""
+        keep = {(consumer.durable, permits) for consumer, permits in wanted.items()}
+        gone = [self._taken.pop(each) for each in self._taken.keys() - keep]
+        await asyncio.gather(*(subscriber.subscription.unsubscribe() for subscriber in gone))
+        for consumer, permits in wanted.items():
+            if (consumer.durable, permits) not in self._taken:
+                self.takes(consumer, permits=permits, gate=gate(consumer))(handler)
+                await self._taken[consumer.durable, permits].start()
+
+    def _patient(self, handler: Callable[..., Awaitable[None]], gate: Gate | None) -> Callable[[Message], Awaitable[None]]:
         """*handler*, tried again after transient errors: at once, then with pauses, as long as this delivery's share of the time lasts."""
 
         @functools.wraps(handler)
@@ -119,11 +133,15 @@ class Stage:
                     # An attempt that lasted has come somewhere: the next one goes on from there without a pause.
                     lasted = work.tries() == 0 or time.monotonic() - began > self._retry_seconds
                     pause = 0.0 if lasted else self._retry_seconds
-                    if time.monotonic() + pause >= until:
+                    if time.monotonic() + pause >= until or self._is_for_others(gate):
                         raise
                     await self._wait(command, error, pause)
 
         return patient
+
+    def _is_for_others(self, gate: Gate | None) -> bool:
+        """Whether the message at work should go back: others can do it, and there is a delivery left for them."""
+        return gate is not None and not gate.is_open and work.deliveries() < self.consumer_of(work.message()).max_deliver
 
     def _patience(self) -> float:
         """The share of the time left to a turn that one delivery may take: others may reach what this process cannot."""
@@ -146,7 +164,7 @@ class Stage:
 
     def waiting(self, turn: str, error: Transient, passed: int = 0) -> Waiting:
         """What the client is told while *turn* waits because of *error*, after it was *passed* on so often."""
-        return Waiting(turn=turn, stage=self.hop.worker, reason=str(error), attempt=work.attempt() + passed)
+        return Waiting(turn=turn, stage=self.hop.worker, title=error.title, reason=str(error), attempt=work.attempt() + passed)
 
     async def _understand(self, message: StreamMessage[Msg]) -> Message:
         """The command that *message* carries; raises ``BadRequest``."""
@@ -230,7 +248,7 @@ class Stage:
         return self._retry_seconds
 
 
-def _pump_instead(subscriber: Any, consumer: Consumer, permits: int, layout: Layout, graceful_seconds: float) -> None:
+def _pump_instead(subscriber: Any, consumer: Consumer, permits: int, layout: Layout, graceful_seconds: float, *, gate: Gate | None) -> None:
     """Let *subscriber* be fed by a ``Pump``: a private hook of FastStream 0.7, held in place by a test."""
     stop = subscriber.stop
 
@@ -243,7 +261,8 @@ def _pump_instead(subscriber: Any, consumer: Consumer, permits: int, layout: Lay
             await ensure_stream(jetstream, layout.named(consumer.stream))
             await ensure_consumer(jetstream, consumer)
 
-        pump = Pump(subscriber.connection, consumer.stream, consumer.durable, permits=permits, handle=subscriber.consume, ensure=ensure)
+        what = {"permits": permits, "handle": subscriber.consume, "ensure": ensure, "gate": gate}
+        pump = Pump(subscriber.connection, consumer.stream, consumer.durable, **what)
         subscriber.subscription = pump
         # FastStream drops messages until it calls itself running, which it does right after this returns.
         subscriber.running = True

@@ -105,6 +105,11 @@ async def one_message(client: Client, stream: str, **which: Any) -> Stored | Non
 
 async def stored(client: TokenClient, subject: str, after: int, stream: str = OUT) -> list[Stored]:
     """Messages of *subject* with sequences above *after*, in order, at most a batch of them; raises ``BrokerUnavailable``."""
+    return await batch(client, stream, {"seq": after + 1, "next_by_subj": subject, "batch": _BATCH})
+
+
+async def batch(client: TokenClient, stream: str, asked: dict[str, Any]) -> list[Stored]:
+    """What one direct get of *stream* brings that *asked* for several messages; raises ``BrokerUnavailable``."""
     found: list[Stored] = []
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -117,8 +122,7 @@ async def stored(client: TokenClient, subject: str, after: int, stream: str = OU
     inbox = client.new_inbox()
     subscription = await client.listen(inbox, receive)
     try:
-        body = json.dumps({"seq": after + 1, "next_by_subj": subject, "batch": _BATCH}).encode()
-        await client.publish(f"$JS.API.DIRECT.GET.{stream}", body, reply=inbox)
+        await client.publish(f"$JS.API.DIRECT.GET.{stream}", json.dumps(asked).encode(), reply=inbox)
         await asyncio.wait_for(ended, _TIMEOUT)
     except (NatsError, TimeoutError) as error:
         raise BrokerUnavailable(f"{stream} does not answer: {error!r}") from error

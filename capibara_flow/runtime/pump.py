@@ -14,13 +14,14 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
+from capibara_flow.runtime.gating import Gate
 from capibara_flow.telemetry import log
 
 _NANO = 1_000_000_000
 
 
 class Pump:
-    """Feeds *handle* with at most *permits* messages at once; *ensure* creates what is missing."""
+    """Feeds *handle* with at most *permits* messages at once, and none while *gate* is shut; *ensure* creates what is missing."""
 
     def __init__(
         self,
@@ -31,6 +32,7 @@ class Pump:
         permits: int,
         handle: Callable[[Msg], Awaitable[object]],
         ensure: Callable[[], Awaitable[None]],
+        gate: Gate | None = None,
         expires: float = 30.0,
         heartbeat: float = 2.0,
     ) -> None:
@@ -39,6 +41,7 @@ class Pump:
         self._durable = durable
         self._handle = handle
         self._ensure = ensure
+        self._gate = gate
         self._permits = self._free = permits
         self._request = {"expires": int(expires * _NANO), "idle_heartbeat": int(heartbeat * _NANO)}
         self._expires, self._heartbeat = expires, heartbeat
@@ -52,17 +55,20 @@ class Pump:
         self._subscription: Subscription | None = None
         self._watchdog: asyncio.Task[None] | None = None
         self._renewal: asyncio.Task[None] | None = None
+        self._porter: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Provision, subscribe and ask for the first messages."""
         self._running = True
         self._watchdog = asyncio.create_task(self._watch())
+        if self._gate:
+            self._porter = asyncio.create_task(self._mind(self._gate))
         self._renew_soon()
 
     async def unsubscribe(self) -> None:
         """Take no more; messages at work go on. Named as FastStream's subscriptions call it."""
         self._running = False
-        for task in (self._watchdog, self._renewal):
+        for task in (self._watchdog, self._renewal, self._porter):
             if task:
                 task.cancel()
         await self._hang_up()
@@ -75,6 +81,21 @@ class Pump:
                 job.cancel()
             await asyncio.gather(*late, return_exceptions=True)
 
+    @property
+    def _wants(self) -> bool:
+        return self._running and (self._gate is None or self._gate.is_open)
+
+    async def _mind(self, gate: Gate) -> None:
+        """Ask for nothing while *gate* is shut; what is at work goes on."""
+        while True:
+            await gate.until_shut()
+            if self._renewal and not self._renewal.done():
+                self._renewal.cancel()
+                await asyncio.wait({self._renewal})
+            await self._hang_up()
+            await gate.until_open()
+            self._renew_soon()
+
     async def _hang_up(self) -> None:
         """Without interest in its inbox the broker drops our standing request; what came before it knew goes through ``_receive``."""
         subscription, self._subscription = self._subscription, None
@@ -85,7 +106,7 @@ class Pump:
     async def _ask(self) -> None:
         want = self._free - self._asked
         # Several small requests would each be answered with their own statuses: wait until half of the hands are free.
-        if self._running and want > 0 and (self._asked == 0 or want * 2 >= self._permits):
+        if self._wants and want > 0 and (self._asked == 0 or want * 2 >= self._permits):
             if self._asked == 0:
                 self._even = self._now()
             self._asked += want
@@ -96,7 +117,7 @@ class Pump:
         headers = message.headers or {}
         status = headers.get("Status")
         if status is None or message.reply.startswith("$JS.ACK"):
-            if self._running:
+            if self._wants:
                 await self._take(message)
             else:
                 await message.nak()  # it came to a closing door: somebody else may have it at once
@@ -133,13 +154,13 @@ class Pump:
                     await self._ask()
 
     def _renew_soon(self) -> None:
-        if self._running and (self._renewal is None or self._renewal.done()):
+        if self._wants and (self._renewal is None or self._renewal.done()):
             self._renewal = asyncio.create_task(self._renew())
 
     async def _renew(self) -> None:
         """Provision until it works, then ask from a fresh inbox: answers to older requests no longer count."""
         pause = 0.05 if self._inbox else 0.0
-        while self._running:
+        while self._wants:
             await asyncio.sleep(pause)
             try:
                 await self._ensure()

@@ -15,6 +15,7 @@ from capibara_flow.runtime import connection, provision
 from capibara_flow.runtime.answers import FencedAnswers
 from capibara_flow.runtime.client import Hear, TokenClient
 from capibara_flow.runtime.embedded import EmbeddedBroker
+from capibara_flow.runtime.gating import Gate
 from capibara_flow.runtime.hops import Handler, Stage
 from capibara_flow.runtime.output import stored
 from capibara_flow.settings import NatsSettings, Settings, WorkerSettings
@@ -69,9 +70,9 @@ class Rig:
         edge = next((each for each in self.clients if each.options["name"] == "capibara-edge"), None) or await self.client("edge")
         await edge.jetstream().publish(f"cf.work.{turn}.router", body, headers={"content-type": "application/json", **(headers or {})})
 
-    async def call(self, turn: str) -> None:
+    async def call(self, turn: str, expert: str = "phi") -> None:
         """Let a router send a ``CallExpert``."""
-        command = CallExpert(turn=turn, expert="phi", bucket=0, request=QUESTION)
+        command = CallExpert(turn=turn, expert=expert, bucket=0, request=QUESTION)
         router = next((each for each in self.clients if each.options["name"] == "capibara-router"), None) or await self.client("router")
         await router.jetstream().publish(command.subject, command.model_dump_json().encode())
 
@@ -114,13 +115,14 @@ class Rig:
         retry_seconds: float = 0.1,
         patience_seconds: float | None = None,
         layout: Layout | None = None,
+        gate: Gate | None = None,
     ) -> AsyncIterator[Stage]:
         """A router whose handler *build* makes, for the length of a block; leaving it stops it in order."""
         broker = connection.broker(self.settings, "router")
         hub = await self.answers(await self.client("router"))
         stage = Stage(broker, hop("router"), hub, layout=layout, retry_seconds=retry_seconds, patience_seconds=patience_seconds)
         consumer = replace(router_consumer(), ack_wait=ack_wait, max_deliver=max_deliver)
-        stage.takes(consumer, permits=permits)(build(stage))
+        stage.takes(consumer, permits=permits, gate=gate)(build(stage))
         await broker.start()
         try:
             yield stage

@@ -20,13 +20,13 @@ from capibara_flow.runtime.erasing import erase
 from capibara_flow.runtime.hops import Stage
 from capibara_flow.runtime.pump import Pump
 from capibara_flow.runtime.work import attempt, carried, deliveries, tenant, tries
-from tests.runtime.rig import QUESTION, Rig
+from tests.runtime.rig import EXPERT, QUESTION, Rig
 from tests.waiting import until
 from topics.chat import CallExpert, ChatRequest, RouteTurn, TurnFailed
 from topics.flow import hop
 from topics.message import DEADLINE, PRINCIPAL, TENANT, TRACE
 from topics.output import Done, Failed, Output, Reset, Routed, Token, Waiting
-from topics.streams import Layout, router_consumer
+from topics.streams import Layout, caller_consumer, router_consumer
 
 Deed = Callable[[Stage, RouteTurn], Awaitable[None]]
 
@@ -515,3 +515,41 @@ async def test_a_turn_whose_output_has_no_stream_waits_until_there_is_one(rig: R
         await settled(rig)
         assert [type(each) for each in await outputs(rig, "T1")] == [Done]
     assert work.attempts == ([1, 2] if lost == "CF_OUT" else [1])
+
+
+# --- whom to take from, while running -----------------------------------------------------------------------------------
+
+
+async def test_a_running_stage_takes_from_others_and_finishes_what_it_had(rig: Rig):
+    first, second = EXPERT, caller_consumer("other")
+    done: list[str] = []
+    held, begun = asyncio.Event(), asyncio.Event()
+
+    async def call(command: CallExpert) -> None:
+        begun.set()
+        if command.turn == "T1":
+            await held.wait()
+        done.append(f"{command.turn} {command.expert}")
+
+    broker = connection.broker(rig.settings, "caller")
+    stage = Stage(broker, hop("caller"), await rig.answers(), retry_seconds=0)
+    stage.takes(first, permits=1)(call)
+    await broker.start()
+    try:
+        await rig.call("T1")
+        await begun.wait()
+        changing = asyncio.create_task(stage.take_only({second: 2}, lambda _: None, call))
+        await rig.call("T3")
+        await rig.call("T2", "other")
+        await until(lambda: done == ["T2 other"])  # the new one is served while the old one ends
+        held.set()
+        await changing
+        await until(lambda: done == ["T2 other", "T1 phi"])
+        await stage.take_only({first: 1, second: 2}, lambda _: None, call)
+        await until(lambda: done[2:] == ["T3 phi"])
+        await stage.take_only({first: 1, second: 2}, lambda _: None, call)  # nothing changes
+        await rig.call("T4", "other")
+        await until(lambda: done[3:] == ["T4 other"])
+    finally:
+        held.set()
+        await broker.stop()

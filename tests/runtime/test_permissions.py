@@ -57,6 +57,7 @@ async def tried(rig: Rig):
         ("router", "cf.work.T.call.phi.0"),
         ("router", "$JS.API.CONSUMER.MSG.NEXT.CF_WORK_ROUTER.router"),
         ("caller", "cf.out.T.data.main"),
+        ("caller", "$KV.CF_REPORTS.caller.p"),
         ("provisioner", "$JS.API.STREAM.DELETE.CF_MINE"),
     ],
 )
@@ -97,6 +98,9 @@ async def test_the_check_itself_tells_what_is_allowed(tried: dict[str, Tried], r
         ("undertaker", "$JS.API.STREAM.DELETE.CF_OUT"),
         ("edge", "$JS.API.STREAM.PURGE.CF_OUT"),
         ("caller", "$KV.CF_READERS.T"),
+        ("caller", "$KV.CF_REPORTS.router.p"),
+        ("edge", "$KV.CF_REPORTS.caller.p"),
+        ("observer", "$KV.CF_REPORTS.caller.p"),
     ],
 )
 async def test_no_role_publishes_what_is_not_its_own(tried: dict[str, Tried], role: str, subject: str):

@@ -1,8 +1,8 @@
 """llama.cpp's server in a process of its own, by the package ``xllamacpp``.
 
-``python -m capibara_flow.engines.xllamacpp --model FILE.gguf --alias NAME --ready-file FILE`` loads the model, serves
-llama-server's HTTP API on 127.0.0.1, writes ``{"url", "pid"}`` to the ready file once ``/health`` answers 200, and ends
-with SIGTERM, SIGINT, or its parent.
+``python -m capibara_flow.engines.xllamacpp --model FILE.gguf --alias NAME`` loads the model, serves llama-server's HTTP API on
+127.0.0.1, writes ``{"url", "pid"}`` to its ``--ready-file``, if it has one, once ``/health`` answers 200, and ends with SIGTERM,
+SIGINT, or its parent. Only who has the key in ``LLAMA_API_KEY`` is answered, where there is one, as with llama-server itself.
 """
 
 import argparse
@@ -33,7 +33,8 @@ def command(model: Path, alias: str, ready_file: Path, port: int = 0) -> list[st
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with 1 and a message when the model cannot be served."""
     options = _parser().parse_args(arguments)
-    options.ready_file.unlink(missing_ok=True)
+    if options.ready_file:
+        options.ready_file.unlink(missing_ok=True)
     _end_with_parent()
     print(f"loading {options.alias} ({options.model.stat().st_size / 1e6:.0f} MB)", flush=True)
     started = time.monotonic()
@@ -47,10 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         signal.signal(number, lambda *_: stop.set())
     print(f"loaded in {time.monotonic() - started:.1f} s", flush=True)
     _await_health(server.listening_address, stop)
-    _report(options.ready_file, server.listening_address)
+    if options.ready_file:
+        _report(options.ready_file, server.listening_address)
     print(f"{options.alias} is served at {server.listening_address}", flush=True)
     stop.wait()
-    options.ready_file.unlink(missing_ok=True)
+    if options.ready_file:
+        options.ready_file.unlink(missing_ok=True)
     # The destructor stops the server and its threads.
     del server
     print("stopped", flush=True)
@@ -61,9 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=_file, required=True)
     parser.add_argument("--alias", required=True, help="the model's name on the API")
     parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--ready-file", type=Path, required=True)
+    parser.add_argument("--ready-file", type=Path)
     parser.add_argument("--context", type=int, default=CONTEXT_TOKENS, help="tokens, shared by all slots")
     parser.add_argument("--slots", type=int, default=SLOTS, help="answers at the same time")
+    parser.add_argument("--threads", type=int, default=-1, help="for computing; -1: as many as llama.cpp thinks best")
+    parser.add_argument("--sleep-idle-seconds", type=int, default=-1, help="give most memory back when idle for so long; -1: never")
     parser.add_argument("--verbosity", type=int, default=1, help="of llama.cpp on standard error: 0 to 5")
     return parser
 
@@ -86,6 +91,10 @@ def _load(options: argparse.Namespace) -> Any:
     params.port = options.port
     params.n_ctx, params.n_parallel = options.context, options.slots
     params.cache_ram_mib = CACHE_MIB
+    params.sleep_idle_seconds = options.sleep_idle_seconds
+    params.cpuparams.n_threads = options.threads
+    if key := os.environ.get("LLAMA_API_KEY"):
+        params.api_keys = [key]
     params.verbosity = options.verbosity
     params.endpoint_metrics = True
     params.ui = False

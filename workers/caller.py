@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 
 from faststream import FastStream
@@ -12,10 +12,12 @@ from capibara_flow.domain.answering import Account
 from capibara_flow.domain.continuing import Held, Way, continuing, held, limited, tokens_left, way_on
 from capibara_flow.errors import BadRequest, EngineBroke, EngineFault, QueueFull, UnknownExpert
 from capibara_flow.ports import Answer, Answers, ChatEngine, Finish, Piece
+from capibara_flow.runtime.gating import Gate
 from capibara_flow.runtime.hops import Stage
-from capibara_flow.runtime.work import attempt, seconds_left, tries
+from capibara_flow.runtime.recalling import Recall
+from capibara_flow.runtime.work import attempt, seconds_left, tenant, tries
 from capibara_flow.telemetry import FIRST_TOKEN_SECONDS, TOKENS
-from topics.chat import CallExpert
+from topics.chat import CallExpert, ChatRequest
 from topics.flow import hop
 from topics.streams import Consumer, Layout, subject_token
 
@@ -29,17 +31,25 @@ def build(
     answers: Answers,
     consumers: Mapping[Consumer, int],
     layout: Layout | None = None,
+    gate: Callable[[Consumer], Gate | None] = lambda _: None,
+    reloaded: Callable[[Callable[[Mapping[Consumer, int]], Awaitable[None]]], None] = lambda _: None,
+    recall: Recall | None = None,
     retry_seconds: float = 2.0,
     patience_seconds: float | None = None,
     clock: Callable[[], float] = time.time,
 ) -> FastStream:
-    """Wire the caller onto *broker*: *engines* by the expert's subject token, and permits by consumer."""
+    """Wire the caller onto *broker*: *engines* by the expert's subject token, and permits by consumer.
+
+    The *gate* of a consumer is shut while others can do what this process cannot. What is given to *reloaded* is called with other
+    consumers when the fleet has changed. With *recall* an answer may be one that was given before.
+    """
     stage = Stage(broker, HOP, answers, layout=layout, retry_seconds=retry_seconds, patience_seconds=patience_seconds)
 
     async def call(command: CallExpert) -> None:
-        if command.expert not in engines:
-            raise UnknownExpert(f"this caller does not serve {command.expert}")
-        attempted = Attempt(command, engines[command.expert], clock)
+        if (engine := engines.get(command.expert)) is None:
+            await stage.say(handed_over(command))
+            return
+        attempted = Attempt(command, engine, clock, recall)
         try:
             async with answers.open(command.turn, command.branch) as answer:
                 await attempted.run(answer)
@@ -58,16 +68,20 @@ def build(
                 await stage.say(attempted.account.event(clock()))
                 _measure(command.expert, attempted.account)
 
+    async def serve(wanted: Mapping[Consumer, int]) -> None:
+        await stage.take_only(wanted, gate, call)
+
     for consumer, permits in consumers.items():
-        stage.takes(consumer, permits=permits)(call)
+        stage.takes(consumer, permits=permits, gate=gate(consumer))(call)
+    reloaded(serve)
     return FastStream(broker)
 
 
 class Attempt:
     """One try at an answer, from where earlier ones left off; *account* is there once it has begun."""
 
-    def __init__(self, command: CallExpert, engine: ChatEngine, clock: Callable[[], float]) -> None:
-        self._command, self._engine, self._clock = command, engine, clock
+    def __init__(self, command: CallExpert, engine: ChatEngine, clock: Callable[[], float], recall: Recall | None = None) -> None:
+        self._command, self._engine, self._clock, self._recall = command, engine, clock, recall
         self.account: Account | None = None
 
     async def run(self, answer: Answer) -> None:
@@ -113,7 +127,14 @@ class Attempt:
             request = continuing(request if left is None else limited(request, left), holds)
         async with answer.until_cancelled():
             # In a task of its own a piece does not pass through all that stands around a handler.
-            await asyncio.create_task(relay(self._engine.stream(request), account, answer, self._clock))
+            await asyncio.create_task(relay(self._pieces(request, account.way), account, answer, self._clock))
+
+    def _pieces(self, request: ChatRequest, way: Way) -> AsyncGenerator[Piece, None]:
+        """What the engine says, or said before to the same question."""
+        made = self._engine.stream(request)
+        if self._recall is None or way == "prefill" or (key := self._recall.key(self._command, tenant())) is None:
+            return made
+        return self._recall.pieces(key, self._command.turn, made)
 
 
 async def relay(pieces: AsyncGenerator[Piece, None], account: Account, answer: Answer, clock: Callable[[], float]) -> None:
@@ -136,6 +157,14 @@ def passed_on(command: CallExpert) -> CallExpert:
             "passed": command.passed + 1,
         }
     )
+
+
+def handed_over(command: CallExpert) -> CallExpert:
+    """*command* for the next expert, since the one that was asked is served no more; raises ``UnknownExpert`` when there is none."""
+    if not command.alternatives:
+        raise UnknownExpert(f"{command.request.model or command.expert} is not served any more")
+    passed = passed_on(command)
+    return passed.model_copy(update={"alternatives": passed.alternatives[:-1]})
 
 
 def _out_of_reach(command: CallExpert, error: EngineFault, enough: float) -> bool:

@@ -13,7 +13,7 @@ from capibara_flow.errors import BadRequest, CapibaraError
 from capibara_flow.runtime.dead import Again, DeadLetters, Letter, command, new_turn
 from capibara_flow.runtime.erasing import erase
 from capibara_flow.settings import Settings
-from topics.streams import Layout
+from topics.streams import every_stream
 
 _LINE = 160  # characters of a detail in the table
 #: Columns where nobody looks but a pipe: no line is broken.
@@ -58,8 +58,7 @@ async def retry(settings: Settings, turn: str, stage: str | None, *, every: bool
 async def erased(settings: Settings, turn: str) -> int:
     """Remove *turn* from every stream, also from those that this installation no longer wants; how many messages these were."""
     async with wiring.connected(settings, "provisioner") as client:
-        names = [stream.name for stream in Layout().streams]
-        return await erase(client, turn, names, retry_seconds=settings.worker.retry_seconds)
+        return await erase(client, turn, every_stream(), retry_seconds=settings.worker.retry_seconds)
 
 
 def door(settings: Settings) -> str:

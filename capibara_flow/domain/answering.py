@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from capibara_flow.domain.continuing import Held, Repetition, Way
-from capibara_flow.ports import Finish, Piece, Tally, Text, ToolFragment
+from capibara_flow.ports import Finish, Load, Piece, Recalled, Tally, Text, ToolFragment
 from topics.chat import ExpertCalled
-from topics.output import Continued, Done, Output, Reset, Token, ToolCalled, Usage
+from topics.output import Continued, Done, Loading, Output, Reset, Token, ToolCalled, Usage
 
 _NOBODY = Held()
 
@@ -27,12 +27,19 @@ class Account:
         self._first: float | None = None
         self._made = self._shown = 0
         self._tally: Tally | None = None
+        self._recalled = False
         self.finish_reason: str | None = None
 
     def take(self, piece: Piece, now: float) -> Sequence[Output]:
         """The output that *piece* becomes, as far as the client shall see any of it."""
-        if isinstance(piece, Text | ToolFragment):
-            self._made += 1
+        match piece:
+            case Text() | ToolFragment():
+                self._made += 1
+            case Load(eta_s):  # news of the engine, no part of its answer
+                return (Loading(turn=self._turn, expert=self._expert, eta_s=eta_s),)
+            case Recalled():
+                self._recalled = True
+                return ()
         if self._repetition is None:
             return self._show(piece, now)
         new = self._repetition.take(piece)
@@ -99,7 +106,7 @@ class Account:
             turn=self._turn,
             prompt_tokens=max(0, prompt - self._holds.kept) if self._way == "prefill" else prompt,
             completion_tokens=self._billed(made),
-            burnt_tokens=self._holds.made + made,
+            burnt_tokens=self._holds.made + (0 if self._recalled else made),
             attempts=self._attempt,
         )
 
@@ -118,7 +125,8 @@ class Account:
         timings = {"total_seconds": round(now - self._started, 4)}
         if self.first_token_seconds is not None:
             timings["first_token_seconds"] = round(self.first_token_seconds, 4)
-        done = Done(turn=self._turn, finish_reason=self.finish_reason or "cancelled", model_id=self._expert, timings=timings)
+        reason, cached = self.finish_reason or "cancelled", self._recalled or None
+        done = Done(turn=self._turn, finish_reason=reason, model_id=self._expert, cached=cached, timings=timings)
         marks = self._marks() if self.finish_reason else ()
         return (*marks, self.usage, done)
 
@@ -136,6 +144,7 @@ class Account:
             completion_tokens=usage.completion_tokens,
             burnt_tokens=usage.burnt_tokens,
             started=self._started,
+            cached=self._recalled,
             first_token=self._first,
             ended=now,
         )

@@ -6,9 +6,10 @@ import aiohttp
 import orjson
 
 from capibara_flow.domain.fleet import Expert
+from capibara_flow.domain.sampling import chosen
 from capibara_flow.engines.http import HttpChat, said_in
 from capibara_flow.engines.reading import Reading
-from capibara_flow.engines.requests import chosen, json_schema, renamed
+from capibara_flow.engines.requests import json_schema, renamed
 from capibara_flow.engines.sse import SseDecoder
 from capibara_flow.engines.templates import template
 from capibara_flow.ports import Abilities, Finish, Piece, Tally, Text

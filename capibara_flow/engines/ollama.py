@@ -5,9 +5,10 @@ from typing import Any, ClassVar
 
 import orjson
 
+from capibara_flow.domain.sampling import chosen
 from capibara_flow.engines.http import HttpChat, said_in
 from capibara_flow.engines.reading import Reading
-from capibara_flow.engines.requests import chosen, json_schema, renamed
+from capibara_flow.engines.requests import json_schema, renamed
 from capibara_flow.engines.sse import LineDecoder
 from capibara_flow.errors import BadRequest
 from capibara_flow.ports import Abilities, Finish, Piece, Tally, Text, ToolFragment

@@ -5,9 +5,10 @@ from typing import Any
 
 import orjson
 
+from capibara_flow.domain.sampling import chosen
 from capibara_flow.engines.http import HttpChat, said_in
 from capibara_flow.engines.reading import Reading
-from capibara_flow.engines.requests import chosen, continues, openai_message, renamed
+from capibara_flow.engines.requests import continues, openai_message, renamed
 from capibara_flow.engines.sse import SseDecoder
 from capibara_flow.ports import Abilities, Finish, Piece, Tally, Text, ToolFragment
 from topics.chat import ChatRequest

@@ -5,17 +5,7 @@ from typing import Any
 
 from capibara_flow.errors import BadRequest
 from capibara_flow.ports import Abilities
-from topics.chat import ChatMessage, ChatRequest, Sampling
-
-
-def chosen(*samplings: Sampling) -> dict[str, Any]:
-    """What the *samplings* set, later ones before earlier ones; what nobody set is absent."""
-    merged: dict[str, Any] = {}
-    for sampling in samplings:
-        fields = sampling.model_dump(exclude_none=True)
-        stop = fields.pop("stop")
-        merged |= fields | ({"stop": list(stop)} if stop else {})
-    return merged
+from topics.chat import ChatMessage, ChatRequest
 
 
 def renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capibara_flow.domain.answering import Account
-from capibara_flow.domain.continuing import Held
-from capibara_flow.ports import Finish, Piece, Tally, Text, ToolFragment
-from topics.output import Done, Token, ToolCalled
+from capibara_flow.domain.continuing import Held, held
+from capibara_flow.ports import Finish, Load, Piece, Tally, Text, ToolFragment
+from topics.output import Done, Loading, Token, ToolCalled
 
 T = "T"
 
@@ -71,3 +71,25 @@ def test_the_engine_counts_better_than_we_do() -> None:
     for piece in (Text("a"), Tally(7, 3), Finish("length")):
         taken.take(piece, 101.0)
     assert (taken.usage.prompt_tokens, taken.usage.completion_tokens) == (7, 3)
+
+
+def test_news_of_loading_is_told_and_counts_for_nothing() -> None:
+    taken = account()
+    assert taken.take(Load(12.5), 100.2) == (Loading(turn=T, expert="e", eta_s=12.5),)
+    assert taken.take(Load(), 100.4) == (Loading(turn=T, expert="e"),)
+    assert taken.untold
+    assert taken.first_token_seconds is None
+    said = [*taken.take(Text("a"), 101.0), *taken.take(Load(), 101.5), *taken.take(Text("b"), 102.0)]
+    assert taken.first_token_seconds == 1.0
+    assert taken.usage.burnt_tokens == 2
+    holds = held(said)
+    assert (holds.text, holds.kept, holds.attempts, holds.ended) == ("ab", 2, 1, False)
+    assert held([Loading(turn=T, expert="e")]) == Held()
+
+
+def test_news_of_loading_does_not_disturb_an_answer_that_is_said_again() -> None:
+    holds = Held(text="ab", kept=2, made=2, attempts=1)
+    taken = Account(turn=T, branch="main", expert="e", attempt=2, started=100.0, holds=holds, way="skip")
+    outputs = [output for piece in (Load(), Text("a"), Load(), Text("b"), Text("c")) for output in taken.take(piece, 101.0)]
+    assert taken.way == "skip"
+    assert [each.event for each in outputs] == ["loading", "loading", "continued", "token"]

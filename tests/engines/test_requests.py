@@ -7,13 +7,13 @@ import pytest
 from pydantic import ValidationError
 
 from capibara_flow.domain.fleet import Expert
+from capibara_flow.domain.sampling import chosen
 from capibara_flow.engines.build import build_engine, build_expert
 from capibara_flow.engines.http import HttpChat, error_text, refusal
 from capibara_flow.engines.llama_completion import CompletionReading, LlamaCompletion
 from capibara_flow.engines.ollama import OllamaChat
 from capibara_flow.engines.openai_chat import OpenAIChat, OpenAIReading
-from capibara_flow.engines.replicas import Replicas
-from capibara_flow.engines.requests import chosen
+from capibara_flow.engines.pool import Pool
 from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineRefusesUs, EngineUnreachable
 from capibara_flow.ports import Finish, Piece, Tally, Text
 from topics.chat import ChatRequest, Sampling
@@ -117,9 +117,12 @@ def test_ollama_gets_broken_arguments_as_they_are() -> None:
     assert body("ollama", asked)["messages"][0]["tool_calls"][0]["function"]["arguments"] == {"unreadable": '{"a": '}
 
 
-def test_several_addresses_make_replicas() -> None:
-    assert isinstance(build_expert(expert("vllm", urls=(URL, URL + "0"))), Replicas)
-    assert isinstance(build_expert(expert("vllm")), OpenAIChat)
+def test_every_expert_is_a_pool_of_its_addresses() -> None:
+    several, one = build_expert(expert("vllm", urls=(URL, URL + "0"))), build_expert(expert("vllm"))
+    assert isinstance(several, Pool)
+    assert [len(each.facts()["replicas"]) for each in (several, one)] == [2, 1]
+    with pytest.raises(ValueError, match="no address"):
+        build_expert(Expert.model_validate({"name": "e", "weights": "w", "launch": {"engine": "vllm"}}))
 
 
 def test_errors_are_read_in_every_form() -> None:

@@ -20,16 +20,19 @@ from capibara_flow.domain.turns import turn_id
 from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineUnreachable
 from capibara_flow.ports import Abilities, Finish, Text, ToolFragment
 from capibara_flow.runtime import connection
+from capibara_flow.runtime.cache import AnswerCache
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.output import stored
-from capibara_flow.settings import Settings, WorkerSettings
+from capibara_flow.runtime.recalling import Recall
+from capibara_flow.settings import AnswersSettings, Settings, WorkerSettings
 from tests.conftest import settings_for
 from tests.fakes import FakeAnswer, FakeAnswers, FakeEngine, spoken
 from tests.waiting import until
-from topics.chat import CallExpert, ChatRequest
-from topics.message import DEADLINE
+from topics.chat import CallExpert, ChatRequest, Sampling
+from topics.message import DEADLINE, TENANT
 from topics.output import Continued, Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage
 from workers import caller
+from workers.caller import handed_over
 
 TURN = turn_id(milliseconds=1, entropy=bytes(10), tenant="t")
 REQUEST = ChatRequest.model_validate({"messages": [{"role": "user", "content": "hello"}], "model": "ex.pert"})
@@ -37,6 +40,8 @@ COMMAND = CallExpert(turn=TURN, expert="ex_pert", bucket=1, request=REQUEST)
 HALF = Token(turn=TURN, text="half")
 IN_AN_HOUR = {DEADLINE: f"{time.time() + 3600:.3f}"}
 ROUTED = Routed(turn=TURN, model_id="ex.pert", route_name="r", complexity="simple", confidence=1, reasoning="why")
+
+KEPT = AnswersSettings(age_seconds=60)
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -86,7 +91,7 @@ async def start(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Start]:
     file = tmp_path / "fleet.toml"
     experts = [f'[[experts]]\nname = "{name}"\nurls = ["http://127.0.0.1:9"]\n' for name in ("ex.pert", "other")]
     file.write_text("".join(experts), encoding="utf-8")
-    settings = settings_for(broker, file, worker=WorkerSettings(retry_seconds=0.01, max_deliver=3, graceful_seconds=1))
+    settings = settings_for(broker, file, worker=WorkerSettings(retry_seconds=0.01, max_deliver=3, graceful_seconds=1), answers=KEPT)
     await wiring.apply_streams(settings)
     async with AsyncExitStack() as stack:
 
@@ -96,6 +101,8 @@ async def start(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Start]:
             expert: str = "ex_pert",
             others: dict[str, FakeEngine] | None = None,
             retry_seconds: float = 0.01,
+            *,
+            cache: bool = False,
         ) -> Stand:
             observer = await stack.enter_async_context(wiring.connected(settings, "observer"))
             nats = connection.broker(settings, "caller")
@@ -110,6 +117,9 @@ async def start(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Start]:
             await observer.flush()
             await nats.connect()
             needs = {"answers": answers, "consumers": wiring.expert_consumers(settings), "retry_seconds": retry_seconds}
+            if cache:
+                kept = AnswerCache(await stack.enter_async_context(wiring.connected(settings, "caller")))
+                needs["recall"] = Recall(kept, settings.experts.find, warmest=0.1)
             await caller.build(nats, engines={expert: engine, **(others or {})}, clock=lambda: 5.0, **needs).start()
             stack.push_async_callback(nats.stop)
             return stand
@@ -380,7 +390,7 @@ async def test_an_expert_that_is_not_served_here_is_named(start: Start) -> None:
     await stand.until(f"cf.dead.{TURN}")
     failed = answers.outputs[-1]
     assert isinstance(failed, Failed)
-    assert (failed.status, failed.detail) == (404, "this caller does not serve ex_pert")
+    assert (failed.status, failed.detail) == (404, "ex.pert is not served any more")
 
 
 class Blocked(FakeAnswer):
@@ -440,3 +450,81 @@ async def test_a_worker_that_is_stopped_lets_the_engine_go_and_leaves_the_turn_t
     await stand.until_settled()
     assert [type(output) for output in answers.outputs] == [Token, Reset, Token, Usage, Done]
     assert texts(answers.outputs) == ["a", "whole"]
+
+
+# --- answers that are given again ---------------------------------------------------------------------------------------
+
+
+def cold(turn: str = TURN, *, tools: bool = False, temperature: float = 0.0) -> CallExpert:
+    tool = {"type": "function", "function": {"name": "clock"}}
+    update = {"sampling": Sampling(temperature=temperature), "tools": (tool,) if tools else ()}
+    return COMMAND.model_copy(update={"turn": turn, "request": REQUEST.model_copy(update=update)})
+
+
+def another(tenant: str = "t") -> str:
+    return turn_id(milliseconds=2, entropy=bytes(10), tenant=tenant)
+
+
+async def test_the_same_question_again_is_answered_without_the_engine_and_marked(start: Start) -> None:
+    engine, answers = FakeEngine(spoken("Hello", " there")), FakeAnswers()
+    stand = await start(engine, answers, cache=True)
+    for turn in (TURN, another()):
+        await stand.call(cold(turn), **{TENANT: "acme"})
+        await stand.until_settled()
+    first, second = (answer.outputs for answer in answers.opened)
+    assert len(engine.requests) == 1
+    assert "".join(texts(second)) == "".join(texts(first)) == "Hello there"
+    (_, once), (usage, done) = first[-2:], second[-2:]
+    assert isinstance(once, Done)
+    assert once.cached is None
+    assert isinstance(done, Done)
+    assert (done.cached, done.finish_reason) == (True, "stop")
+    assert isinstance(usage, Usage)
+    assert (usage.completion_tokens, usage.burnt_tokens) == (2, 0)
+    told = [json.loads(each.data)["cached"] for each in stand.heard if each.subject.startswith("cf.log.") and "caller" in each.subject]
+    assert told == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("again", "tenant"),
+    [(cold(another()), "other"), (cold(another(), tools=True), "acme"), (cold(another(), temperature=0.5), "acme")],
+    ids=["another tenant", "tools", "too warm"],
+)
+async def test_what_is_not_the_same_or_may_differ_is_asked_anew(start: Start, again: CallExpert, tenant: str) -> None:
+    engine = FakeEngine(spoken("Hello"), abilities=Abilities(tools=True))
+    stand = await start(engine, FakeAnswers(), cache=True)
+    await stand.call(cold(), **{TENANT: "acme"})
+    await stand.until_settled()
+    await stand.call(again, **{TENANT: tenant})
+    await stand.until_settled()
+    assert len(engine.requests) == 2
+
+
+async def test_an_answer_that_broke_or_was_cut_is_not_kept(start: Start) -> None:
+    engine = FakeEngine((Text("Hel"), Finish("length")))
+    stand = await start(engine, FakeAnswers(), cache=True)
+    for turn in (TURN, another()):
+        await stand.call(cold(turn), **{TENANT: "acme"})
+        await stand.until_settled()
+    assert len(engine.requests) == 2
+
+
+async def test_without_a_cache_the_engine_is_asked_each_time(start: Start) -> None:
+    engine = FakeEngine(spoken("Hello"))
+    stand = await start(engine, FakeAnswers())
+    for turn in (TURN, another()):
+        await stand.call(cold(turn))
+        await stand.until_settled()
+    assert len(engine.requests) == 2
+
+
+# --- a fleet that changes -----------------------------------------------------------------------------------------------
+
+
+async def test_what_waits_for_an_expert_that_is_gone_goes_to_the_next_and_never_back(start: Start) -> None:
+    engine, answers = FakeEngine(spoken("Hello")), FakeAnswers()
+    stand = await start(engine, answers, expert="other")
+    await stand.call(COMMAND.model_copy(update={"alternatives": ("other", "third")}))
+    (event,) = await stand.until(f"cf.log.{TURN}.caller")
+    assert (event["expert"], event["outcome"]) == ("other", "stop")
+    assert handed_over(COMMAND.model_copy(update={"alternatives": ("other", "third")})).alternatives == ("third",)

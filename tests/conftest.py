@@ -65,9 +65,9 @@ class Installation:
     async def start_worker(self, name: str) -> AsyncExitStack:
         """Start one more worker; close what is returned to stop it in order."""
         stack = AsyncExitStack()
-        broker = connection.broker(self.settings, name)
+        broker = connection.broker(self.settings, wiring.kind(name))
         needs = await stack.enter_async_context(wiring.worker_needs(name, self.settings))
-        await import_module(f"workers.{name}").build(broker, **needs).start()
+        await import_module(f"workers.{wiring.kind(name)}").build(broker, **needs).start()
         stack.push_async_callback(broker.stop)
         self._stack.push_async_callback(stack.aclose)
         return stack
@@ -75,7 +75,7 @@ class Installation:
     async def start_edge(self) -> str:
         """Start one more door; its address."""
         client = await self._stack.enter_async_context(wiring.connected(self.settings, "edge"))
-        server = TestServer(build(wiring.door(self.settings, client)), host="127.0.0.1")
+        server = TestServer(build(await wiring.door(self.settings, client, self._stack)), host="127.0.0.1")
         await server.start_server(shutdown_timeout=0.1)
         self._stack.push_async_callback(server.close)
         url = str(server.make_url("")).rstrip("/")

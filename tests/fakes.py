@@ -9,8 +9,9 @@ from typing import Any
 
 from capibara_flow.errors import KeyReused, LeaseLost
 from capibara_flow.ports import Abilities, Batch, Finish, Identity, Piece, Take, Tally, Text
-from topics.chat import ChatRequest, RouteTurn
+from topics.chat import ChatRequest, Decision, RouteTurn
 from topics.output import Output
+from topics.streams import Consumer
 
 
 def spoken(*words: str, reason: str = "stop") -> tuple[Piece, ...]:
@@ -166,6 +167,7 @@ class FakeTurns:
         self.followed: list[tuple[str, int]] = []
         self.keys: dict[str, tuple[str, str, float]] = {}
         self.cancelled: list[str] = []
+        self.previewed: list[ChatRequest] = []
         self.stored: set[str] = set()
         self.missing: dict[str, str] = {}
         self.closed = 0
@@ -223,6 +225,18 @@ class FakeTurns:
             raise self.erased
         self.stored.discard(turn)
         return self.erased
+
+    async def preview(self, turn: str, request: ChatRequest) -> Decision:
+        if self.refusal:
+            raise self.refusal
+        self.previewed.append(request)
+        return Decision(model_id="phi", route_name="default", complexity="simple", confidence=0.5, reasoning="because")
+
+    def rely_on(self, consumers: Sequence[Consumer]) -> None:
+        self.relied_on = tuple(consumers)
+
+    async def reports(self) -> list[dict[str, Any]]:
+        return [{"worker": "router", "process": "p", "since": 1.0, "at": 2.0, "facts": {"routes": {"math": 2}}}]
 
     async def ready(self) -> dict[str, str]:
         return self.missing

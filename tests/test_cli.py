@@ -73,7 +73,7 @@ def until(condition: Callable[[], object], seconds: float = 30):
 
 
 COMMANDS = ["", "up", "chat", "doctor", "edge", "worker", "engine scripted", "streams apply", "streams show"]
-COMMANDS += ["dead", "dead list", "dead show", "dead retry", "erase"]
+COMMANDS += ["dead", "dead list", "dead show", "dead retry", "erase", "fleet", "fleet check", "fleet status"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -209,12 +209,23 @@ def test_any_models_make_a_fleet_that_can_be_read(tmp_path_factory, models):
 
 
 def test_the_small_model_is_kept_from_repeating_itself_and_a_brought_one_is_left_alone(tmp_path):
-    served = [fleets.local("small", 9, fleets.SMALL_SAMPLING), fleets.local("mine", 9)]
+    served = [fleets.local("small", 9, fleets.SMALL_SAMPLING), fleets.local("mine", 9)]  # one that comes along, one that was brought
     (tmp_path / "f.toml").write_text(fleets.fleet_toml(served), encoding="utf-8")
     small, mine = settings.read_fleet(tmp_path / "f.toml").experts
     assert small.sampling.model_dump(exclude_none=True, exclude={"stop"}) == fleets.SMALL_SAMPLING
     assert mine.sampling == Sampling()
     assert small.concurrency == xllamacpp.SLOTS
+
+
+def test_the_small_model_is_two_experts_and_a_policy_tells_who_answers_what(tmp_path):
+    text = fleets.fleet_toml(fleets.uniquely_named(fleets.small_pair("small", 9))) + fleets.small_policy("small")
+    (tmp_path / "f.toml").write_text(text, encoding="utf-8")
+    fleet = settings.read_fleet(tmp_path / "f.toml")
+    steady, plays = fleet.experts
+    assert (steady.urls, steady.model) == (plays.urls, plays.model)
+    assert steady.sampling != plays.sampling
+    assert fleet.policy["creative_writing"].simple.experts == (plays.name,)
+    assert fleet.policy["default"].very_complex.experts == (steady.name,)
 
 
 def test_a_fleet_file_is_for_our_eyes_only(tmp_path):

@@ -11,11 +11,15 @@ from topics.flow import DOOR, FLOW, Hop, mermaid
 from topics.message import Command, Message, Request, Signal
 from topics.output import OUTPUTS, Output
 from topics.streams import (
+    ANSWERS,
+    REPORTS,
     Layout,
     absence_consumer,
+    answer_key,
     caller_consumer,
     due_key,
     reader_key,
+    report_key,
     router_consumer,
     subject_token,
     traces,
@@ -34,7 +38,10 @@ STREAMS = {
     "undertaker": {undertaker_consumer().stream, absence_consumer().stream},
 }
 #: What a worker may do to streams that are not its own, because that is its work.
-MAY_ALSO = {"undertaker": {"$JS.API.STREAM.PURGE.*", "cf.ctl.*.erased"}}
+MAY_ALSO = {
+    "undertaker": {"$JS.API.STREAM.PURGE.*", "cf.ctl.*.erased"},
+    "caller": {answer_key("*", "*"), f"$JS.API.STREAM.MSG.GET.{ANSWERS}"},
+}
 
 
 def covers(pattern: str, subject: str) -> bool:
@@ -104,7 +111,9 @@ def test_a_worker_may_publish_what_the_map_lists_and_nothing_else(hop: Hop):
     ours = {subject for subject in publish if subject.startswith("cf.")}
     assert ours - also == {message.subjects() for message in hop.speaks} | {"cf.out.*.lease.*"}
     assert subscribe == {"cf.ctl.*.cancel", f"_INBOX_{hop.worker}.>"} | {request.subjects() for request in hop.serves}
-    for subject in publish - ours - also:
+    reports = {report_key(hop.worker, "*"), f"$JS.API.DIRECT.GET.{REPORTS}"}
+    assert report_key(hop.worker, "*") in publish
+    for subject in publish - ours - also - reports:
         assert subject.startswith(("$JS.ACK.", "$JS.API."))
         assert any(stream in subject for stream in STREAMS[hop.worker]) or subject.split(".")[-1] in {"CF_OUT", "CF_CTL"}
         assert not re.search(r"DELETE|PURGE|UPDATE|SNAPSHOT|RESTORE", subject)
@@ -125,7 +134,7 @@ def test_observers_change_nothing():
 
 
 def test_every_stream_forgets():
-    for layout in (Layout(), Layout(log=False)):
+    for layout in (Layout(), Layout(log=False), Layout(answer_age=600), Layout(log=False, answer_age=600)):
         assert all(0 < stream.max_age <= 24 * 3600 for stream in layout.streams)
         assert all(stream.dedupe_window <= stream.max_age for stream in layout.streams)
         assert sum(stream.max_bytes for stream in layout.streams) <= layout.storage  # else a broker could not reserve it
@@ -138,7 +147,7 @@ def test_subjects_of_messages_fit_their_patterns():
         assert re.fullmatch(r"cf\.[a-z]+\.\{turn\}\.[a-z0-9_.{}]+", message.pattern)
     assert all(output.pattern == Output.pattern for output in OUTPUTS)
     assert all(any(covers(trace, message.pattern.replace("{turn}", "T")) for trace in traces("T")) for message in MESSAGES)
-    assert {reader_key("T"), due_key("T")} <= set(traces("T"))
+    assert {reader_key("T"), due_key("T"), answer_key("*", "T")} <= set(traces("T"))
     consumer = caller_consumer("qwen2.5-coder:1.5b")
     assert covers(CallExpert.subjects(), consumer.filter)
     assert subject_token("qwen2.5-coder:1.5b") in consumer.durable

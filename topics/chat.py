@@ -111,12 +111,16 @@ class ChatRequest(Part):
         return any(message.has_image for message in self.messages)
 
 
+#: How much a question asks for, from the least.
+Complexity = Literal["simple", "moderate", "complex", "very_complex"]
+
+
 class Decision(Part):
     """Which expert answers, and why."""
 
     model_id: str
     route_name: str
-    complexity: Literal["simple", "moderate", "complex", "very_complex"]
+    complexity: Complexity
     confidence: float = Field(ge=0, le=1)
     reasoning: str
 
@@ -166,6 +170,13 @@ class EraseTurn(Request):
     pattern: ClassVar[str] = "cf.ctl.{turn}.erase"
 
 
+class PreviewRoute(Request):
+    """Tell which expert would answer *request*, and why, but do nothing; the reply is a ``Decision``."""
+
+    pattern: ClassVar[str] = "cf.ctl.{turn}.route"
+    request: ChatRequest
+
+
 class Erased(Part):
     """How many stored messages of a turn are gone."""
 
@@ -194,6 +205,7 @@ class ExpertCalled(Event):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     burnt_tokens: int = 0
+    cached: bool = False
     started: float
     first_token: float | None = None
     ended: float

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from topics.chat import CallExpert, CancelTurn, EraseTurn, ExpertCalled, RouteTurn, TurnFailed, TurnRouted
+from topics.chat import CallExpert, CancelTurn, EraseTurn, ExpertCalled, PreviewRoute, RouteTurn, TurnFailed, TurnRouted
 from topics.message import Command, Message, Request, Signal
-from topics.output import Continued, Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage, Waiting
+from topics.output import Continued, Done, Failed, Loading, Output, Reset, Routed, Token, ToolCalled, Usage, Waiting
 
 EDGE = "edge"
 
@@ -26,18 +26,18 @@ class Hop:
 
 
 FLOW = (
-    Hop("router", RouteTurn, (CallExpert, TurnRouted, TurnFailed), (Routed, Waiting, Failed)),
+    Hop("router", RouteTurn, (CallExpert, TurnRouted, TurnFailed), (Routed, Waiting, Failed), serves=(PreviewRoute,)),
     Hop(
         "caller",
         CallExpert,
         (CallExpert, ExpertCalled, TurnFailed),
-        (Token, ToolCalled, Continued, Reset, Waiting, Usage, Done, Failed),
+        (Token, ToolCalled, Continued, Reset, Waiting, Loading, Usage, Done, Failed),
     ),
     Hop("undertaker", CancelTurn, (CancelTurn, TurnFailed), (Waiting, Usage, Done, Failed), serves=(EraseTurn,)),
 )
 
 #: What the door itself publishes; it listens to nothing but output.
-DOOR: tuple[type[Message], ...] = (RouteTurn, CancelTurn, EraseTurn)
+DOOR: tuple[type[Message], ...] = (RouteTurn, PreviewRoute, CancelTurn, EraseTurn)
 
 
 def hop(worker: str) -> Hop:

@@ -81,10 +81,11 @@ class Continued(Output):
 
 
 class Waiting(Output):
-    """Nothing goes on for now at *stage*, for this *reason*; it is tried again."""
+    """Nothing goes on for now at *stage*, for this *reason*, of the kind *title*; it is tried again."""
 
     event: Literal["waiting"] = "waiting"
     stage: str
+    title: str = ""
     reason: str
     attempt: int
 
@@ -92,6 +93,14 @@ class Waiting(Output):
     def dedupe(self) -> str:
         """Told once for each attempt."""
         return f"{self.turn}:waiting:{self.stage}:{self.attempt}"
+
+
+class Loading(Output):
+    """*expert* is being loaded first: ready in about *eta_s* seconds, as far as is known."""
+
+    event: Literal["loading"] = "loading"
+    expert: str
+    eta_s: float | None = None
 
 
 class Usage(Output):
@@ -109,12 +118,13 @@ class Usage(Output):
 
 
 class Done(Output):
-    """The only end of a complete answer."""
+    """The only end of a complete answer; a *cached* one was made for an earlier turn that asked the same."""
 
     final: ClassVar[bool] = True
     event: Literal["done"] = "done"
     finish_reason: str
     model_id: str
+    cached: Literal[True] | None = None
     timings: dict[str, float] = {}
 
 
@@ -131,10 +141,10 @@ class Failed(Output):
 
 
 AnyOutput = Annotated[
-    Routed | Token | ToolCalled | Reset | Continued | Waiting | Usage | Done | Failed,
+    Routed | Token | ToolCalled | Reset | Continued | Waiting | Loading | Usage | Done | Failed,
     Field(discriminator="event"),
 ]
-OUTPUTS: tuple[type[Output], ...] = (Routed, Token, ToolCalled, Reset, Continued, Waiting, Usage, Done, Failed)
+OUTPUTS: tuple[type[Output], ...] = (Routed, Token, ToolCalled, Reset, Continued, Waiting, Loading, Usage, Done, Failed)
 _READER: TypeAdapter[Any] = TypeAdapter(AnyOutput)
 _MARK = b'"event":"'
 FINALS = frozenset(output.model_fields["event"].default for output in OUTPUTS if output.final)

@@ -14,7 +14,7 @@ from capibara_flow.runtime import connection
 from capibara_flow.settings import Settings, SettingsError, load
 from topics.flow import FLOW
 
-NAMES = tuple(hop.worker for hop in FLOW)
+NAMES = (*(hop.worker for hop in FLOW), "host")
 
 
 async def run(names: tuple[str, ...], settings: Settings) -> None:
@@ -40,17 +40,25 @@ async def run(names: tuple[str, ...], settings: Settings) -> None:
 
 async def _start(names: tuple[str, ...], settings: Settings, stack: AsyncExitStack) -> None:
     for name in names:
-        broker = connection.broker(settings, name)
+        broker = connection.broker(settings, wiring.kind(name))
         needs = await stack.enter_async_context(wiring.worker_needs(name, settings))
-        await import_module(f"workers.{name}").build(broker, **needs).start()
+        await import_module(f"workers.{wiring.kind(name)}").build(broker, **needs).start()
         # Leaving in reverse order: first the hands come to rest, then what they need is closed.
         stack.push_async_callback(broker.stop)
 
 
+def _meant(names: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
+    """The workers that *names* stand for: ``all`` has an expert host only where the fleet has something to launch."""
+    if "all" not in names:
+        return names
+    hosted = any(wiring.is_hosted(expert) for expert in settings.experts.active)
+    return tuple(name for name in NAMES if name != "host" or hosted)
+
+
 def main() -> int:
     """The command line; returns the exit code."""
-    names = NAMES if sys.argv[1:] == ["all"] else tuple(sys.argv[1:])
-    if not names or not set(names) <= set(NAMES):
+    names = tuple(sys.argv[1:])
+    if not names or not set(names) <= {*NAMES, "all"}:
         print(f"usage: python -m workers NAME...   one or more of: all, {', '.join(NAMES)}", file=sys.stderr)
         return 2
     try:
@@ -58,7 +66,7 @@ def main() -> int:
         telemetry.configure(level=settings.log.level, style=settings.log.format)
         if settings.worker.metrics_port is not None:
             start_http_server(settings.worker.metrics_port, addr="127.0.0.1")
-        uvloop.run(run(names, settings))
+        uvloop.run(run(_meant(names, settings), settings))
     except SettingsError as error:
         print(f"capibara: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ What a command needs is imported inside it: ``--help`` is to be quick.
 
 # ruff: noqa: PLC0415  see above
 
+import json
 import os
 import signal
 import sys
@@ -79,12 +80,16 @@ app = typer.Typer(
 )
 engine_app = typer.Typer(help="Engines that come with Capibara.", no_args_is_help=True)
 streams_app = typer.Typer(help="The streams on the broker.", no_args_is_help=True)
+fleet_app = typer.Typer(help="The experts: whether their engines answer, and how those do who use them.", no_args_is_help=True)
 dead_app = typer.Typer(
     help="Dead letters: what a stage gave up, kept for a day so that it can be looked at and asked again.", no_args_is_help=True
 )
+eval_app = typer.Typer(help="Measure how good decisions are, on questions that somebody labelled.", no_args_is_help=True)
 app.add_typer(engine_app, name="engine")
 app.add_typer(streams_app, name="streams")
+app.add_typer(fleet_app, name="fleet")
 app.add_typer(dead_app, name="dead")
+app.add_typer(eval_app, name="eval")
 
 TurnId = Annotated[str, typer.Argument(metavar="TURN", help="A turn's id, as `capibara dead list` or the stream of its answer tells it.")]
 State = Annotated[Path, typer.Option(help="The state folder of `capibara up`.", envvar="CAPIBARA_STATE")]
@@ -192,13 +197,13 @@ def edge(state: State = DEFAULT_STATE) -> None:
 
 @app.command()
 def worker(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Which workers: router, caller, ..., or all.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="router, caller, undertaker, host (launches experts), or all.")],
     state: State = DEFAULT_STATE,
 ) -> None:
     """Run workers in this process."""
     from topics.flow import FLOW
 
-    known = [hop.worker for hop in FLOW]
+    known = [*(hop.worker for hop in FLOW), "host"]
     if names != ["all"] and (unknown := [name for name in names if name not in known]):
         raise typer.BadParameter(f"no worker {', '.join(map(repr, unknown))}: one or more of {', '.join(known)}, or all")
     adopt(state)
@@ -215,6 +220,26 @@ def scripted(
     from capibara_flow.engines import scripted as engine
 
     engine.run(file, host, port)
+
+
+@eval_app.command("routing")
+def eval_routing(
+    data: Annotated[
+        Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help='JSON lines: {"text", "route"}, and "lang", "complexity".')
+    ],
+    routes: Annotated[
+        Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="A routes file (TOML); the seven that come along.")
+    ] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="universal, e5, minilm, or sentence-transformers:NAME; what CAPIBARA_ROUTER__EMBEDDER says.")
+    ] = None,
+) -> None:
+    """Route labelled questions and print figures as JSON: accuracy, calibration, complexity, latency, and baselines beside them."""
+    from capibara_flow import settings
+    from capibara_flow.cli import evaluate
+
+    figures = evaluate.routing(data, routes, embedder or settings.load().router.embedder)
+    typer.echo(json.dumps(figures, ensure_ascii=False, indent=1))
 
 
 @streams_app.command("apply")
@@ -246,6 +271,59 @@ def streams_show(state: State = DEFAULT_STATE) -> None:
         cells = (row["name"], "\n".join(row["subjects"]), str(row["messages"]), str(row["bytes"]), str(row["age"]), readers)
         table.add_row(*map(escape, cells))
     Console().print(table)
+
+
+@fleet_app.command("check")
+def fleet_check(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="A fleet file (TOML); that of the settings, or of `up`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    state: State = DEFAULT_STATE,
+) -> None:
+    """Read a fleet file and look at every engine in it; exit code 1 if the file is wrong, or an active expert has no engine that answers.
+
+    Examples: `capibara fleet check deploy/fleets/bb.toml`, `capibara fleet check --json`.
+    """
+    if file is None:
+        adopt(state)
+    import json
+
+    from capibara_flow.cli import fleet
+    from capibara_flow.engines.pinging import unreached
+
+    found = fleet.pinged(fleet.read(fleet.chosen(file)), Console(stderr=True))
+    missing = unreached(found)
+    if as_json:
+        typer.echo(json.dumps({"engines": [fleet.row(each) for each in found], "unreached": missing}, indent=1))
+    else:
+        Console(width=None if sys.stdout.isatty() else fleet.PIPE_WIDTH).print(fleet.table(found))
+    if missing:
+        Console(stderr=True).print(f"[red]no engine answers for:[/] {escape(', '.join(missing))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@fleet_app.command("status")
+def fleet_status(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    state: State = DEFAULT_STATE,
+) -> None:
+    """Show what the processes that are at work tell of themselves and of the engines that they use.
+
+    Examples: `capibara fleet status`, `capibara fleet status --json`.
+    """
+    adopt(state)
+    settings = _reached("observer")
+    import asyncio
+    import json
+
+    from capibara_flow.cli import fleet
+
+    told = asyncio.run(fleet.reports(settings))
+    if as_json:
+        typer.echo(json.dumps(told, indent=1))
+    elif told:
+        Console(width=None if sys.stdout.isatty() else fleet.PIPE_WIDTH).print(fleet.status(told))
+    else:
+        typer.echo("nobody reports: is a worker running?")
 
 
 @dead_app.command("list")

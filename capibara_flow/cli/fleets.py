@@ -17,6 +17,8 @@ LOCAL_CONCURRENCY = 2
 #: For the packaged model. So small, it wanders off at an engine's usual 0.8, and without a penalty it repeats itself to the
 #: end of its context: of 16 answers to "What is the capital of France?" and "What is a capybara?" 9 did, with it none.
 SMALL_SAMPLING: Mapping[str, float] = {"temperature": 0.2, "repeat_penalty": 1.15, "max_tokens": 400}
+#: The same weights, let off the leash: for what has no one right answer.
+CREATIVE_SAMPLING: Mapping[str, float] = {"temperature": 0.9, "top_p": 0.95, "repeat_penalty": 1.15, "max_tokens": 400}
 _DIALECTS = {"llamacpp": "llama_server", "vllm": "vllm"}
 
 
@@ -39,11 +41,23 @@ def local(alias: str, port: int, sampling: Mapping[str, float] | None = None) ->
     return Served(alias, url, alias, "llama_server", concurrency=LOCAL_CONCURRENCY, sampling=sampling or {})
 
 
+def small_pair(alias: str, port: int) -> list[Served]:
+    """The packaged model as two experts of one engine: *alias*, which keeps to the point, and one that plays."""
+    plays = local(alias, port, CREATIVE_SAMPLING)
+    return [local(alias, port, SMALL_SAMPLING), replace(plays, name=f"{alias}-creative")]
+
+
+def small_policy(alias: str) -> str:
+    """Which of the ``small_pair`` answers what, as a fleet file says it."""
+    plays = _quoted(f"{alias}-creative")
+    return f"\n[policy]\ndefault = {_quoted(alias)}\ncreative_writing = {plays}\nconversation = {plays}\n"
+
+
 def listed(path: Path) -> list[Served]:
     """Who is in the fleet file at *path*, as far as can be told here; the children check it in full."""
     try:
         experts = tomllib.loads(path.read_text(encoding="utf-8")).get("experts", [])
-        return [Served(each["name"], each["urls"][0]) for each in experts]
+        return [Served(each["name"], next(iter(each.get("urls", ())), "")) for each in experts]
     except OSError as error:
         raise CannotStart(f"--fleet {path}: {error.strerror}") from error
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:

@@ -157,7 +157,7 @@ class Run:
     def _start_engine(self, path: Path, alias: str) -> Child:
         # A port of our choice, so that the engine is found at the same address after a crash.
         port = free_port("127.0.0.1")
-        self.served.append(fleets.local(alias, port, None if self.wish.model else fleets.SMALL_SAMPLING))
+        self.served += [fleets.local(alias, port)] if self.wish.model else fleets.small_pair(alias, port)
         self._engine_ready.unlink(missing_ok=True)
         arguments = ["--model", str(path), "--alias", alias, "--port", str(port), "--ready-file", str(self._engine_ready)]
         child = self._child("engine", ["capibara_flow.engines.xllamacpp", *arguments])
@@ -172,7 +172,7 @@ class Run:
         with self.step("model") as say:
             say(f"{self.served[0].name} (loading)")
             self.supervisor.until(self._engine_ready.is_file, MODEL_SECONDS, "the model was not ready")
-            say(f"{self.served[0].name}, pid {engine.pid}")
+            say(f"{' and '.join(each.name for each in self.served)}, pid {engine.pid}")
 
     def _fleet_file(self) -> Path:
         if self.wish.fleet:
@@ -185,7 +185,8 @@ class Run:
             self.served += found
         self.served = fleets.uniquely_named(self.served)
         path = self.wish.state / "fleet.toml"
-        fleets.write_private(path, fleets.fleet_toml(self.served))
+        policy = fleets.small_policy(weights.ALIAS) if self.wish.serves_model and not self.wish.model else ""
+        fleets.write_private(path, fleets.fleet_toml(self.served) + policy)
         return path
 
     # --- turns ------------------------------------------------------------------------------------------------

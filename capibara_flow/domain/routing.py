@@ -1,9 +1,41 @@
-"""Which expert answers: the one that was named, else the first rule that matches, else the default; nobody is asked too much."""
+"""Which expert answers: the one that was named, else by the first rule that matches, else by what the question is about and how hard.
 
-from capibara_flow.domain.fleet import AUTO, Expert, Fleet
+Nobody is asked too much: images and tools go to experts only that take them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from capibara_flow.domain.fleet import AUTO, Choice, Expert, Fleet
 from capibara_flow.errors import BadRequest, UnknownExpert
-from topics.chat import ChatRequest, Decision
+from topics.chat import ChatRequest, Complexity, Decision
 from topics.plan import Plan, Step
+
+#: The route of what belongs to no other one, and its row of a fleet's policy.
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Understood:
+    """What a question is about (*route*, perhaps ``default``), how much it asks for, how sure that is (0 to 1), and why."""
+
+    route: str
+    complexity: Complexity
+    confidence: float
+    reasoning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Who answers, and the names of those who take over, in order, should he be out of reach."""
+
+    decision: Decision
+    alternatives: tuple[str, ...] = ()
+
+    @property
+    def plan(self) -> Plan:
+        """The stages that the decision leads to."""
+        return Plan(steps=(Step(stage="caller", expert=self.decision.model_id),))
 
 
 def wants(request: ChatRequest, fleet: Fleet) -> Expert | None:
@@ -36,31 +68,48 @@ def candidates(request: ChatRequest, fleet: Fleet) -> tuple[Expert, ...]:
     raise BadRequest(f"no expert of this fleet takes {' and '.join(_carried(request))}")
 
 
-def decide(request: ChatRequest, fleet: Fleet) -> Decision:
-    """Choose an expert; raises what ``candidates`` raises."""
+def needs_reading(request: ChatRequest, fleet: Fleet) -> bool:
+    """Whether what *request* is about can make a difference: it names nobody, no rule speaks for it, and there is a policy."""
+    return bool(fleet.policy) and wants(request, fleet) is None and not any(rule.matches(request.question) for rule in fleet.rules)
+
+
+def choose(request: ChatRequest, fleet: Fleet, understood: Understood | None = None) -> Chosen:
+    """Choose an expert, by what was *understood* of the question if anything was; raises what ``candidates`` raises."""
     able = candidates(request, fleet)
     if wants(request, fleet):
-        return _decision(able[0], "named", 1.0, f"the request names {able[0].name}")
+        return Chosen(_decision(able[0], "named", 1.0, f"the request names {able[0].name}"))
     for rule in fleet.rules:
         expert = fleet.find(rule.expert)
         if expert in able and rule.matches(request.question):
-            return _decision(expert, rule.route, 0.8, f"a pattern of route {rule.route} matches")
-    return _decision(able[0], "default", 0.5, "no rule matches")
+            decision = _decision(expert, rule.route, 0.8, f"a pattern of route {rule.route} matches")
+            return Chosen(decision, _behind(expert, rule.then, fleet, able))
+    if understood is None:
+        return Chosen(_decision(able[0], DEFAULT, 0.5, "no rule matches"), _behind(able[0], fleet.then, fleet, able))
+    return _by_policy(fleet, able, understood)
 
 
-def alternatives(request: ChatRequest, fleet: Fleet, decision: Decision) -> tuple[str, ...]:
-    """Who takes over, in order, should the chosen expert be out of reach: nobody from one that was named."""
-    if wants(request, fleet):
-        return ()
-    rule = next((each for each in fleet.rules if each.route == decision.route_name), None)
-    found = [fleet.find(name) for name in (rule.then if rule else fleet.then)]
-    able = [each.name for each in found if each and each.name != decision.model_id and not lacks(request, each)]
-    return tuple(dict.fromkeys(able))
+def _by_policy(fleet: Fleet, able: Sequence[Expert], understood: Understood) -> Chosen:
+    row = fleet.policy.get(understood.route) or fleet.policy.get(DEFAULT)
+    choice = row.at(understood.complexity) if row else Choice(experts=(fleet.fallback.name,))
+    # Whoever is not able, or not active, is passed over.
+    first = next((expert for expert in map(fleet.find, choice.experts) if expert and expert in able), able[0])
+    reasoning = understood.reasoning
+    if choice.vote:
+        reasoning += f"; a consensus of {', '.join(choice.experts)} is wanted: without a voter, {first.name} answers"
+    decision = Decision(
+        model_id=first.name,
+        route_name=understood.route,
+        complexity=understood.complexity,
+        confidence=round(understood.confidence, 4),
+        reasoning=reasoning,
+    )
+    return Chosen(decision, _behind(first, (*choice.experts, *fleet.then), fleet, able))
 
 
-def plan(decision: Decision) -> Plan:
-    """The stages that a decision leads to."""
-    return Plan(steps=(Step(stage="caller", expert=decision.model_id),))
+def _behind(first: Expert, names: Sequence[str], fleet: Fleet, able: Sequence[Expert]) -> tuple[str, ...]:
+    """The names of those of *names* that are *able*, behind *first*: as many as a command carries."""
+    found = [expert.name for expert in map(fleet.find, names) if expert and expert in able and expert != first]
+    return tuple(dict.fromkeys(found))[:16]
 
 
 def _decision(expert: Expert, route: str, confidence: float, reasoning: str) -> Decision:

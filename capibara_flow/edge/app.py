@@ -16,6 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from capibara_flow import __version__
 from capibara_flow.edge.asked import IDEMPOTENCY_KEY, REPLAYED
+from capibara_flow.edge.bodies import RouteBody
 from capibara_flow.edge.chat import NativeChat
 from capibara_flow.edge.completions import Completions
 from capibara_flow.edge.door import Door
@@ -58,6 +59,7 @@ def build(door: Door) -> web.Application:
     app.router.add_post("/v1/chat/completions", completions.create)
     app.router.add_get("/v1/chat/completions/{turn}/events", completions.events, allow_head=False)
     app.router.add_get("/v1/models", completions.models)
+    app.router.add_post("/api/router/test", house.route)
     app.router.add_get("/health", house.health)
     app.router.add_get("/ready", house.ready)
     app.router.add_get("/stats", house.stats)
@@ -75,6 +77,13 @@ class _House:
         self._door = door
         self._since = time.time()
 
+    async def route(self, request: web.Request) -> web.Response:
+        """``POST /api/router/test``: who would answer, and why."""
+        identity = self._door.identify(request)
+        body = await self._door.read(request, RouteBody)
+        decision = await self._door.preview(body.request(), identity)
+        return web.json_response(decision.model_dump())
+
     async def health(self, _: web.Request) -> web.Response:
         """``GET /health``: this process answers."""
         return web.json_response({"status": "ok", "version": __version__})
@@ -85,10 +94,11 @@ class _House:
         return web.json_response({"ready": not missing, "missing": missing}, status=503 if missing else 200)
 
     async def stats(self, _: web.Request) -> web.Response:
-        """``GET /stats``: what this edge has done."""
+        """``GET /stats``: what this edge has done, and what workers tell: routes taken, engines' health, experts loaded."""
         experts = [{"name": each.name, "dialect": each.dialect, "scripted": each.scripted} for each in self._door.fleet.active]
         uptime = round(time.time() - self._since, 1)
-        return web.json_response({"version": __version__, "uptime_seconds": uptime, "experts": experts, **self._door.turns.facts()})
+        own = {"version": __version__, "uptime_seconds": uptime, "experts": experts, **self._door.turns.facts()}
+        return web.json_response(own | {"workers": await self._door.turns.reports()})
 
     async def metrics(self, _: web.Request) -> web.Response:
         """``GET /metrics``: Prometheus text."""

@@ -52,6 +52,27 @@ class ChatBody(BaseModel):
         )
 
 
+class RouteBody(BaseModel):
+    """``POST /api/router/test``: a *query*, or all *messages* of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    query: str | None = Field(default=None, description="A single question")
+    messages: tuple[ChatMessage, ...] | None = Field(default=None, min_length=1, description="A whole conversation, oldest first")
+    model: str | None = Field(default=None, description="An expert's name or alias; left out or `auto`, the router chooses")
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        if (self.query is None) == (self.messages is None):
+            raise ValueError("give either 'query' or 'messages'")
+        return self
+
+    def request(self) -> ChatRequest:
+        """What would be asked."""
+        messages = self.messages or (ChatMessage(role="user", content=self.query),)
+        return ChatRequest(messages=messages, model=self.model)
+
+
 class _Tolerant(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 

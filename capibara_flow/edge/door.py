@@ -19,7 +19,7 @@ from capibara_flow.edge.problems import explained
 from capibara_flow.errors import BadRequest, TurnGone, TurnUnknown
 from capibara_flow.ports import Batch, Feed, Identity, Turns
 from capibara_flow.settings import AuthSettings, EdgeSettings
-from topics.chat import ChatRequest, RouteTurn
+from topics.chat import ChatRequest, Decision, RouteTurn
 from topics.output import parse
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -49,9 +49,9 @@ class Opened:
         return max(0.0, self.deadline - time.time()) + GRACE_SECONDS
 
 
-@dataclass(frozen=True)
+@dataclass
 class Door:
-    """The door's parts; ``app.build`` hangs handlers on it. Output is kept for *turn_age* seconds."""
+    """The door's parts; ``app.build`` hangs handlers on it. Output is kept for *turn_age* seconds; *fleet* is exchanged when it changes."""
 
     turns: Turns
     fleet: Fleet
@@ -88,7 +88,7 @@ class Door:
         Raises ``QueueFull``, ``BrokerUnavailable``, ``KeyReused``, and ``TurnGone`` for a turn of before.
         """
         now = time.time()
-        turn = ours = turn_id(milliseconds=int(now * 1000), entropy=secrets.token_bytes(10), tenant=identity.tenant)
+        turn = ours = self._new_turn(now, identity)
         deadline = now + terms.seconds
         if terms.key is not None:
             turn, deadline = await self.turns.claim(terms.key, digest(request), ours, deadline)
@@ -98,6 +98,14 @@ class Door:
         kinds = {"attended": terms.attended, "recalled": terms.recalled}
         feed = await self.turns.open(RouteTurn(turn=turn, request=request), identity, deadline, **kinds)
         return Opened(turn, feed, deadline, replayed=turn != ours)
+
+    async def preview(self, request: ChatRequest, identity: Identity) -> Decision:
+        """Who would answer, and why; raises what ``check`` raises, and ``BrokerUnavailable``."""
+        self.check(request)
+        return await self.turns.preview(self._new_turn(time.time(), identity), request)
+
+    def _new_turn(self, now: float, identity: Identity) -> str:
+        return turn_id(milliseconds=int(now * 1000), entropy=secrets.token_bytes(10), tenant=identity.tenant)
 
     def own(self, request: web.Request) -> str:
         """The turn that the path names, if it can be the asker's own; raises ``TurnUnknown``."""

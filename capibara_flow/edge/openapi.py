@@ -7,7 +7,8 @@ from pydantic.json_schema import models_json_schema
 
 from capibara_flow import __version__
 from capibara_flow.edge.asked import IDEMPOTENCY_KEY, REPLAYED
-from capibara_flow.edge.bodies import ChatBody, CompletionBody
+from capibara_flow.edge.bodies import ChatBody, CompletionBody, RouteBody
+from topics.chat import Decision
 from topics.output import OUTPUTS
 
 _TURN = {"name": "turn", "in": "path", "required": True, "schema": {"type": "string", "minLength": 32, "maxLength": 32}}
@@ -32,7 +33,11 @@ _ONCE = {
 
 
 def _body(name: str) -> dict[str, Any]:
-    return {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
+    return {"required": True, **_json(name)}
+
+
+def _json(name: str) -> dict[str, Any]:
+    return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
 
 
 def _answer(text: str, *kinds: str) -> dict[str, Any]:
@@ -84,6 +89,20 @@ _PATHS: dict[str, Any] = {
             "responses": {"200": _answer("The chunks after that one", "text/event-stream"), "4XX": _gone(_ERROR), "5XX": _ERROR},
         }
     },
+    "/api/router/test": {
+        "post": {
+            "summary": "Who would answer, and why: nothing is asked",
+            "requestBody": _body("RouteBody"),
+            "responses": {
+                "200": {
+                    "description": "The decision",
+                    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Decision"}}},
+                },
+                "4XX": _PROBLEM,
+                "5XX": _PROBLEM,
+            },
+        }
+    },
     "/v1/models": {"get": {"summary": "The experts", "responses": {"200": _answer("A list", "application/json"), "4XX": _ERROR}}},
     "/health": {"get": {"summary": "This process answers", "responses": {"200": _answer("Yes", "application/json")}}},
     "/ready": {
@@ -101,8 +120,9 @@ _PATHS: dict[str, Any] = {
 @cache
 def document() -> dict[str, Any]:
     """The whole document."""
-    models = [(model, "validation") for model in (ChatBody, CompletionBody)] + [(model, "serialization") for model in OUTPUTS]
-    _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]  # a list of pairs is one
+    taken, given = (ChatBody, CompletionBody, RouteBody), (*OUTPUTS, Decision)
+    models: list[Any] = [*((model, "validation") for model in taken), *((model, "serialization") for model in given)]
+    _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
     return {
         "openapi": "3.1.0",
         "info": {"title": "Capibara Flow", "version": __version__, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}},

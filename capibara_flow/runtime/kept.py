@@ -22,6 +22,10 @@ class Kept:
         self._client = client
         self._jetstream = client.jetstream()
         self._turn_age = turn_age
+        self.rely_on(consumers)
+
+    def rely_on(self, consumers: tuple[Consumer, ...]) -> None:
+        """Those who work for turns are *consumers* from now on."""
         self._first = [each for each in consumers if each.stream == router_consumer().stream]
 
     async def exists(self, turn: str) -> bool:

@@ -31,9 +31,13 @@ class Room:
 
     def __init__(self, client: TokenClient, consumers: tuple[Consumer, ...]) -> None:
         self._jetstream = client.jetstream()
-        self._streams = sorted({each.stream for each in consumers} - {router_consumer().stream})
+        self.rely_on(consumers)
         self._last = _Look()
         self._looking: asyncio.Task[None] | None = None
+
+    def rely_on(self, consumers: tuple[Consumer, ...]) -> None:
+        """Look at the queues of these *consumers* from now on."""
+        self._streams = sorted({each.stream for each in consumers} - {router_consumer().stream})
 
     async def check(self) -> None:
         """Return when there is room, as far as is known; raises ``QueueFull``."""

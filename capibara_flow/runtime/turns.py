@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
@@ -17,16 +17,20 @@ from capibara_flow.runtime.attending import Attendance, Seat
 from capibara_flow.runtime.client import TokenClient, header
 from capibara_flow.runtime.kept import Kept
 from capibara_flow.runtime.keys import Keys
-from capibara_flow.runtime.output import FULL, OUT, cancel, publish_once, stored
+from capibara_flow.runtime.output import FULL, OUT, cancel, fits, publish_once, stored
+from capibara_flow.runtime.reports import reports_or_none
 from capibara_flow.runtime.room import Room
 from capibara_flow.telemetry import log
-from topics.chat import EXPIRED, Erased, EraseTurn, RouteTurn
-from topics.message import DEADLINE, PRINCIPAL, TENANT, Message
+from topics.chat import EXPIRED, ChatRequest, Decision, Erased, EraseTurn, PreviewRoute, RouteTurn
+from topics.message import DEADLINE, PRINCIPAL, TENANT, Message, Part, Request
 from topics.output import FINALS, event_of
 from topics.streams import Consumer
 
+Reply = TypeVar("Reply", bound=Part)
+
 _MOST_PENDING = 2000
 _ERASE_SECONDS = 20.0
+_PREVIEW_SECONDS = 10.0
 _IDLE_FIRST, _IDLE_MOST = 1.0, 5.0  # seconds between polls of a silent turn: the tail of a feed can be lost unseen
 
 
@@ -220,6 +224,11 @@ class NatsTurns:
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = self._following = 0
 
+    def rely_on(self, consumers: Sequence[Consumer]) -> None:
+        self._consumers = tuple(consumers)
+        self._kept.rely_on(self._consumers)
+        self._room.rely_on(self._consumers)
+
     async def open(
         self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False, recalled: bool = False
     ) -> Feed:
@@ -326,18 +335,31 @@ class NatsTurns:
         await cancel(self._jetstream, turn, reason)
 
     async def erase(self, turn: str) -> int:
-        request = EraseTurn(turn=turn)
+        nobody = "nobody is there who can erase a turn: start an undertaker"
+        erased = await self._asked(EraseTurn(turn=turn), Erased, _ERASE_SECONDS, nobody, "the turn could not be erased now; ask again")
+        return erased.messages
+
+    async def preview(self, turn: str, request: ChatRequest) -> Decision:
+        nobody = "nobody is there who can route: start a router"
+        asked = PreviewRoute(turn=turn, request=request)
+        return await self._asked(asked, Decision, _PREVIEW_SECONDS, nobody, "no router answers now; ask again")
+
+    async def _asked(self, request: Request, reply: type[Reply], seconds: float, nobody: str, late: str) -> Reply:
+        """The reply to *request*; raises ``BrokerUnavailable``, and says why nobody replied, or too *late*, or not as expected."""
+        body = request.model_dump_json(exclude_none=True).encode()
+        if not fits(self._client, body):
+            raise TooLarge(f"{len(body)} bytes are more than the broker takes at once")
         headers = {"content-type": "application/json"}
-        body = request.model_dump_json().encode()
         try:
-            reply = await self._client.request(request.subject, body, timeout=_ERASE_SECONDS, headers=headers)
-            return Erased.model_validate_json(reply.data).messages
+            answer = await self._client.request(request.subject, body, timeout=seconds, headers=headers)
+            return reply.model_validate_json(answer.data)
         except NoRespondersError as error:
-            raise BrokerUnavailable("nobody is there who can erase a turn: start an undertaker") from error
-        except (NatsError, TimeoutError) as error:
-            raise BrokerUnavailable("the turn could not be erased in time; ask again") from error
-        except ValidationError as error:
-            raise BrokerUnavailable("the turn could not be erased now; ask again") from error
+            raise BrokerUnavailable(nobody) from error
+        except (NatsError, TimeoutError, ValidationError) as error:
+            raise BrokerUnavailable(late) from error
+
+    async def reports(self) -> list[dict[str, Any]]:
+        return await reports_or_none(self._client)
 
     async def ready(self) -> dict[str, str]:
         if not self._client.is_connected:

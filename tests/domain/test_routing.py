@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capibara_flow.domain.fleet import AUTO, Fleet
-from capibara_flow.domain.routing import candidates, decide, lacks, plan, wants
+from capibara_flow.domain.routing import DEFAULT, Understood, candidates, choose, lacks, needs_reading, wants
 from capibara_flow.errors import BadRequest, UnknownExpert
-from topics.chat import ChatRequest
+from topics.chat import ChatRequest, Decision
 
 PIXEL = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 TOOLS = ({"type": "function", "function": {"name": "weather"}},)
@@ -35,6 +35,10 @@ def request(text: str = "hello", model: str | None = None, *, image: bool = Fals
     content: Any = [{"type": "text", "text": text}, PIXEL] if image else text
     body = {"messages": [{"role": "user", "content": content}], "model": model, "tools": TOOLS if tools else ()}
     return ChatRequest.model_validate(body)
+
+
+def decide(asked: ChatRequest, fleet: Fleet, understood: Understood | None = None) -> Decision:
+    return choose(asked, fleet, understood).decision
 
 
 @pytest.mark.parametrize("model", ["plain", "simple"])
@@ -102,8 +106,81 @@ def test_an_empty_list_of_tools_asks_for_nothing() -> None:
 
 
 def test_the_plan_calls_whoever_was_chosen() -> None:
-    steps = plan(decide(request(model="coder"), FLEET)).steps
+    steps = choose(request(model="coder"), FLEET).plan.steps
     assert [(step.stage, step.expert) for step in steps] == [("caller", "coder")]
+
+
+LADDER = Fleet.model_validate(
+    {
+        "experts": [
+            {"name": "small", "urls": ["http://h:1"], "aliases": ["s"]},
+            {"name": "large", "urls": ["http://h:2"]},
+            {"name": "seer", "urls": ["http://h:3"], "modalities": ["text", "image"]},
+            {"name": "retired", "urls": ["http://h:4"], "active": False},
+        ],
+        "rules": [{"route": "greeting", "expert": "small", "patterns": ["^hola$"], "then": ["large", "retired", "small"]}],
+        "then": ["seer"],
+        "policy": {
+            "programming": {
+                "simple": "s",
+                "moderate": ["retired", "small", "large"],
+                "complex": "large",
+                "very_complex": {"consensus": ["large", "small"]},
+            },
+            DEFAULT: "small",
+        },
+    }
+)
+
+
+def about(route: str, complexity: str = "moderate") -> Understood:
+    return Understood(route, complexity, 0.93456, "it is nearest to that")  # type: ignore[arg-type]
+
+
+def test_the_policy_tells_who_answers_what_by_route_and_complexity() -> None:
+    chosen = choose(request("a loop"), LADDER, about("programming", "complex"))
+    assert chosen.decision == Decision(
+        model_id="large", route_name="programming", complexity="complex", confidence=0.9346, reasoning="it is nearest to that"
+    )
+    assert chosen.alternatives == ("seer",)
+    assert decide(request("a loop"), LADDER, about("programming", "simple")).model_id == "small"
+
+
+def test_whoever_is_not_active_is_passed_over_and_the_others_take_over_in_order() -> None:
+    chosen = choose(request("a loop"), LADDER, about("programming"))
+    assert (chosen.decision.model_id, chosen.alternatives) == ("small", ("large", "seer"))
+
+
+def test_a_route_without_a_row_and_what_belongs_to_none_have_the_default_row() -> None:
+    assert decide(request("a poem"), LADDER, about("poetry", "very_complex")).model_id == "small"
+    assert decide(request("asdf"), LADDER, about(DEFAULT)).model_id == "small"
+    bare = LADDER.model_copy(update={"policy": {}})
+    assert decide(request("asdf"), bare, about(DEFAULT)).model_id == "small"
+
+
+def test_a_wanted_consensus_without_a_voter_is_told() -> None:
+    chosen = choose(request("a loop"), LADDER, about("programming", "very_complex"))
+    assert chosen.decision.model_id == "large"
+    assert "a consensus of large, small is wanted" in chosen.decision.reasoning
+    assert chosen.alternatives == ("small", "seer")
+
+
+def test_an_image_goes_past_the_policy_to_who_can_see() -> None:
+    chosen = choose(request("a loop", image=True), LADDER, about("programming"))
+    assert (chosen.decision.model_id, chosen.alternatives) == ("seer", ())
+
+
+def test_rules_and_names_come_before_what_was_understood() -> None:
+    chosen = choose(request("hola"), LADDER, about("programming", "complex"))
+    assert (chosen.decision.route_name, chosen.decision.model_id, chosen.alternatives) == ("greeting", "small", ("large",))
+    assert decide(request("a loop", "seer"), LADDER, about("programming")).model_id == "seer"
+
+
+def test_a_question_is_read_only_where_that_can_make_a_difference() -> None:
+    assert needs_reading(request("a loop"), LADDER)
+    assert not needs_reading(request("hola"), LADDER)
+    assert not needs_reading(request("a loop", "seer"), LADDER)
+    assert not needs_reading(request("a poem"), FLEET)
 
 
 models = st.none() | st.text(max_size=20) | st.sampled_from(["plain", "simple", "painter", "coder", "retired", *AUTO])

@@ -19,7 +19,7 @@ from tests.e2e.wire import Wire
 from tests.edge.serving import ROUTED, T, served
 from tests.fakes import FakeTurns
 from tests.waiting import until as seen
-from topics.output import Continued, Token, Waiting
+from topics.output import Continued, Loading, Output, Token, Waiting
 
 pytestmark = pytest.mark.browser
 
@@ -186,9 +186,17 @@ async def test_stop(page: Page, page_url: str) -> None:
     await until(again, "done")
 
 
-@pytest.mark.parametrize(("language", "said"), [("es", "Esperando: the engine is busy"), ("en", "Waiting: the engine is busy")])
-async def test_why_nothing_goes_on_is_told_until_words_come(page: Page, language: str, said: str) -> None:
-    held = Waiting(turn=T, stage="caller", reason="the engine is busy", attempt=2)
+@pytest.mark.parametrize(
+    ("language", "held", "said"),
+    [
+        ("es", Waiting(turn=T, stage="caller", title="engine busy", reason="phi says 503", attempt=2), "Esperando: el modelo está ocupado"),
+        ("en", Waiting(turn=T, stage="caller", title="engine busy", reason="phi says 503", attempt=2), "Waiting: the model is busy"),
+        ("es", Waiting(turn=T, stage="caller", reason="the cat sits on it", attempt=2), "Esperando: the cat sits on it"),
+        ("es", Loading(turn=T, expert="aya", eta_s=20), "Cargando aya, quedan unos 20 s…"),
+        ("en", Loading(turn=T, expert="aya"), "Loading aya…"),
+    ],
+)
+async def test_why_nothing_goes_on_is_told_until_words_come(page: Page, language: str, held: Output, said: str) -> None:
     going_on = (Continued(turn=T, how="skip", expert="plain", attempt=3), Token(turn=T, text="words"))
     for script, phase in (([(ROUTED,), (held,)], said), ([(ROUTED,), (held,), going_on], None)):
         async with served(FakeTurns(*script)) as (host, port):

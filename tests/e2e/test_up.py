@@ -100,6 +100,12 @@ class Up:
         assert done.returncode == 0, done.stderr + self.said()
         return done.stdout
 
+    def routed(self, url: str, query: str) -> dict:
+        """Who would answer *query*."""
+        body, headers = json.dumps({"query": query}).encode(), {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/api/router/test", body, headers), timeout=60) as response:
+            return json.load(response)
+
     def all_gone(self) -> None:
         """Wait until nobody of the family is left."""
         until(lambda: all(gone(each) for each in self.family))
@@ -187,8 +193,11 @@ def test_the_local_model_answers_and_nothing_outlives_a_killed_supervisor(tmp_pa
     pytest.importorskip("xllamacpp")
     with running(tmp_path) as up:
         facts = up.facts()
-        assert facts["models"] == ["smollm2-135m"]
+        assert facts["models"] == ["smollm2-135m", "smollm2-135m-creative"]
         assert up.ask(facts["url"], "Say hello.").strip()
+        creative, factual = (up.routed(facts["url"], text) for text in ("Escribe un poema sobre Python", "What is the capital of Peru?"))
+        assert (creative["route_name"], creative["model_id"]) == ("creative_writing", "smollm2-135m-creative")
+        assert (factual["route_name"], factual["model_id"]) == ("quick_facts", "smollm2-135m")
         asked = up.run("chat", "What is the capital of France?", "--url", facts["url"])
         assert (asked.returncode, asked.stdout.strip() != "") == (0, True), asked.stderr
         assert "ended by" not in asked.stderr

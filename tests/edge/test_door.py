@@ -408,6 +408,7 @@ async def test_health_ready_and_stats() -> None:
             stats = await response.json()
     assert [each["name"] for each in stats["experts"]] == ["plain", "painter"]
     assert stats["connected"] is True
+    assert [(each["worker"], each["facts"]) for each in stats["workers"]] == [("router", {"routes": {"math": 2}})]
 
 
 async def test_metrics_count_answers_by_route_and_never_by_turn() -> None:

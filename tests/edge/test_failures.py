@@ -137,4 +137,4 @@ async def test_a_silent_engine_is_let_go(door: str, engine: str) -> None:
 async def test_one_failing_turn_does_not_disturb_the_others(door: str) -> None:
     for question in (*FAILING, "refuse"):
         await ask(door, message=question)
-    assert text_of(await ask(door, message="count")) == "one two three four five"
+        assert text_of(await ask(door, message="count")) == "one two three four five"

@@ -24,12 +24,14 @@ def a_turn(number: int, age_seconds: float = 0) -> str:
     return turn_id(milliseconds=int((time.time() - age_seconds) * 1000), entropy=number.to_bytes(10, "big"), tenant="acme")
 
 
-NEW, OTHER, OLD, OLDER = a_turn(1), a_turn(2), a_turn(3, 700), a_turn(4, 800)
+#: How long each turn may take, in seconds: longer than all tests together, which begin long after these turns were made.
+MOST = 10_000
+NEW, OTHER, OLD, OLDER = a_turn(1), a_turn(2), a_turn(3, MOST + 100), a_turn(4, MOST + 200)
 
 
 async def owner(keys: Keys | NatsTurns, key: str, digest: str, turn: str) -> str:
-    """Who has *key*, once *turn*, which may take 600 s, has come with it."""
-    found, _ = await keys.claim(key, digest, turn, created(turn) + 600)
+    """Who has *key*, once *turn*, which may take ``MOST`` seconds, has come with it."""
+    found, _ = await keys.claim(key, digest, turn, created(turn) + MOST)
     return found
 
 

@@ -10,6 +10,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from capibara_flow import wiring
+from capibara_flow.domain.routing import Understood
 from capibara_flow.domain.turns import bucket, turn_id
 from capibara_flow.runtime import connection
 from capibara_flow.runtime.embedded import EmbeddedBroker
@@ -17,7 +18,7 @@ from capibara_flow.settings import WorkerSettings
 from tests.conftest import settings_for
 from tests.fakes import FakeAnswers
 from tests.waiting import until
-from topics.chat import CallExpert, ChatRequest, RouteTurn, TurnFailed, TurnRouted
+from topics.chat import CallExpert, ChatRequest, Decision, PreviewRoute, RouteTurn, TurnFailed, TurnRouted
 from topics.output import Failed, Routed, parse
 from topics.streams import router_consumer
 from workers import router
@@ -35,6 +36,8 @@ modalities = ["text", "image"]
 route = "art"
 expert = "painter"
 patterns = ["paint"]
+[policy]
+math = ["painter", "phi.mini"]
 """
 
 
@@ -45,6 +48,7 @@ class Stand:
     client: Client
     answers: FakeAnswers
     heard: list[Msg] = field(default_factory=list)
+    understood: list[str] = field(default_factory=list)
 
     async def ask(self, text: str, model: str | None = None, **headers: str) -> None:
         request = ChatRequest.model_validate({"messages": [{"role": "user", "content": text}], "model": model})
@@ -79,7 +83,14 @@ async def stand(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Stand]:
         await observer.flush()
         nats = connection.broker(settings, "router")
         await nats.connect()
-        await router.build(nats, fleet=settings.experts, answers=stand.answers, consumer=router_consumer(), clock=lambda: 7.0).start()
+
+        async def understand(request: ChatRequest) -> Understood:
+            stand.understood.append(request.question)
+            route = "math" if "cuánto" in request.question else "default"
+            return Understood(route, "simple", 0.9, "it has numbers")
+
+        needs = {"answers": stand.answers, "consumer": router_consumer(), "understand": understand, "clock": lambda: 7.0}
+        await router.build(nats, fleet=lambda: settings.experts, **needs).start()
         stack.push_async_callback(nats.stop)
         yield stand
 
@@ -134,3 +145,36 @@ async def test_what_cannot_be_understood_is_given_up_at_once(stand: Stand, body:
     failed = stand.answers.outputs[-1]
     assert isinstance(failed, Failed)
     assert failed.status == 400
+
+
+# --- what a question is about -------------------------------------------------------------------------------------------
+
+
+async def test_what_was_understood_decides_where_no_name_and_no_rule_does(stand: Stand) -> None:
+    await stand.ask("¿cuánto es dos más dos?")
+    command = CallExpert.read((await stand.until(f"cf.work.{TURN}.call.painter.{bucket('')}")).data)
+    assert (command.request.model, command.alternatives) == ("painter", ("phi.mini",))
+    routed = parse((await stand.until(f"cf.out.{TURN}.data.main")).data)
+    assert isinstance(routed, Routed)
+    assert (routed.route_name, routed.complexity, routed.confidence, routed.reasoning) == ("math", "simple", 0.9, "it has numbers")
+
+
+async def preview(stand: Stand, text: str, model: str | None = None) -> Decision:
+    request = ChatRequest.model_validate({"messages": [{"role": "user", "content": text}], "model": model})
+    asked = PreviewRoute(turn=TURN, request=request)
+    return Decision.model_validate_json((await stand.client.request(asked.subject, asked.model_dump_json().encode(), timeout=10)).data)
+
+
+async def test_a_preview_tells_the_decision_and_does_nothing(stand: Stand) -> None:
+    assert (await preview(stand, "¿cuánto es?")).route_name == "math"
+    assert (await preview(stand, "paint")).route_name == "art"
+    assert (await preview(stand, "paint", "phi.mini")).model_id == "phi.mini"
+    assert {each.subject for each in stand.heard} == {f"cf.ctl.{TURN}.route"}
+
+
+async def test_names_and_rules_need_no_understanding(stand: Stand) -> None:
+    await preview(stand, "paint")
+    await preview(stand, "hello", "phi.mini")
+    assert stand.understood == []
+    await preview(stand, "hello")
+    assert stand.understood == ["hello"]

@@ -2,13 +2,13 @@
  * What is known of one turn, as an object that is never changed, and how an event of its stream changes it.
  *
  * status: "waiting" (nothing said yet), "streaming", and the three ends: "done", "stopped", "failed".
- * held is the reason why nothing goes on for now, until something does.
+ * held is the reason why nothing goes on for now, loading the model that is being loaded {expert, eta_s}, until something does.
  * epoch grows whenever text that was already shown is taken back; while it stays, text only grows.
  * asked, firstAt, endedAt are milliseconds since 1970, so that they outlive a reload.
  */
 export const fresh = (model, asked) => ({
   status: "waiting", turn: null, model, epoch: 0, text: "", reasoning: "", tools: [], routed: null, usage: null, done: null, problem: null,
-  resets: 0, held: null, asked, firstAt: null, endedAt: null,
+  resets: 0, held: null, loading: null, asked, firstAt: null, endedAt: null,
 });
 
 /** The same turn, to be told again from its first event. */
@@ -32,15 +32,17 @@ const EVENTS = {
     ...state,
     status: "streaming",
     held: null,
+    loading: null,
     text: state.text + (data.text ?? ""),
     reasoning: state.reasoning + (data.reasoning ?? ""),
     firstAt: state.firstAt ?? now,
   }),
   tool: (state, data, now) => ({
-    ...state, status: "streaming", held: null, tools: withFragment(state.tools, data), firstAt: state.firstAt ?? now,
+    ...state, status: "streaming", held: null, loading: null, tools: withFragment(state.tools, data), firstAt: state.firstAt ?? now,
   }),
   reset: (state) => ({ ...state, text: "", reasoning: "", tools: [], resets: state.resets + 1, epoch: state.epoch + 1 }),
-  waiting: (state, data) => ({ ...state, held: data.reason ?? "" }),
+  waiting: (state, data) => ({ ...state, held: { title: data.title, reason: data.reason ?? "" }, loading: null }),
+  loading: (state, data) => ({ ...state, held: null, loading: data }),
   usage: (state, data) => ({ ...state, usage: data }),
   done: (state, data, now) => ({ ...state, status: CANCELLED.has(data.finish_reason) ? "stopped" : "done", done: data, endedAt: now }),
   error: (state, data, now) => fail(state, { kind: "server", ...data }, now),

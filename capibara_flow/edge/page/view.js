@@ -111,9 +111,10 @@ export class TurnView {
 
   /** What goes on while no words come, in words; null while they do. */
   #phase() {
-    const { status, text: words, reasoning, held } = this.#state;
+    const { status, text: words, reasoning, held, loading } = this.#state;
     if (this.phase !== null) return text(`phase.${this.phase}`);
-    if (held) return text("phase.held", held);
+    if (held) return text("phase.held", text(`titles.${held.title}`) ?? held.reason);
+    if (loading) return text(loading.eta_s ? "phase.loadingFor" : "phase.loading", loading.expert, duration((loading.eta_s ?? 0) * 1000));
     if (status === "waiting") return text("phase.waiting");
     return words === "" && reasoning !== "" ? text("phase.thinking") : null;
   }

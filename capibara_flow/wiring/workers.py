@@ -1,0 +1,203 @@
+"""What each worker is built with, opened before it starts and closed after it has ended."""
+
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from capibara_flow.domain.figures import Choices
+from capibara_flow.domain.fleet import Expert, Fleet
+from capibara_flow.engines.embeddings.build import build_embedder
+from capibara_flow.engines.host.host import HostedEngine, build_host
+from capibara_flow.engines.pools import Pools
+from capibara_flow.engines.weights import located
+from capibara_flow.runtime.answers import FencedAnswers
+from capibara_flow.runtime.cache import AnswerCache
+from capibara_flow.runtime.client import TokenClient
+from capibara_flow.runtime.erasing import erase
+from capibara_flow.runtime.gating import Gate, Gatekeeper
+from capibara_flow.runtime.readers import Absences
+from capibara_flow.runtime.recalling import Recall
+from capibara_flow.runtime.reports import Reporter, reports_or_none, this_process
+from capibara_flow.runtime.understanding import Tools, Understanding
+from capibara_flow.runtime.watching import Watched
+from capibara_flow.settings import ROUTES, Settings, read_fleet, read_routes
+from capibara_flow.wiring.streams import connected, expert_consumers, layout, tuned
+from topics.streams import Consumer, every_stream, router_consumer, subject_token, undertaker_consumer
+
+#: Workers that are another one with other needs: an expert host is a caller of engines that it starts itself.
+KINDS = {"host": "caller"}
+
+Needs = dict[str, Any]
+OnChange = Callable[[Fleet], Awaitable[object] | object]
+Serve = Callable[[Mapping[Consumer, int]], Awaitable[None]]
+
+
+def kind(name: str) -> str:
+    """The worker of the map that *name* is: its module, and its role at the broker."""
+    return KINDS.get(name, name)
+
+
+@asynccontextmanager
+async def worker_needs(name: str, settings: Settings) -> AsyncIterator[Needs]:
+    """What the worker *name* is built with; whatever it opens is closed at the end."""
+    async with AsyncExitStack() as stack:
+        # A connection beside FastStream's: tokens take the fast lane.
+        client = await stack.enter_async_context(connected(settings, kind(name)))
+        answers = FencedAnswers(client, f"{name}@{socket.gethostname()}:{os.getpid()}")
+        await answers.start()
+        stack.push_async_callback(answers.stop)
+        worker = settings.worker
+        common = {"retry_seconds": worker.retry_seconds, "patience_seconds": worker.patience_seconds}
+        own = await _OWN_NEEDS[name](settings, client, stack)
+        yield {"answers": answers, "layout": layout(settings), **common, **own}
+
+
+async def _router_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Needs:
+    choices = Choices()
+    understanding = Understanding(partial(_tools, settings), read_routes, ROUTES)
+    stack.push_async_callback(understanding.aclose)
+    follow = partial(understanding.follow, settings.fleet_file)
+    fleet = await watched_fleet(settings, stack, follow)
+    await follow(fleet.value)
+    _reporter(client, "router", lambda: choices.facts() | understanding.facts() | {"fleet_file": fleet.facts()}, stack)
+    consumer = tuned(router_consumer(), settings)
+    needs = {"understand": understanding, "choices": choices, "consumer": consumer, "permits": settings.worker.router_permits}
+    return {"fleet": lambda: fleet.value, **needs}
+
+
+def _tools(settings: Settings) -> Tools:
+    embedder = build_embedder(settings.router.embedder, capacity=settings.router.cache_size)
+    from capibara_flow.domain.understanding import Learned  # noqa: PLC0415  needs numpy, which is there when a model is
+
+    return Tools(embedder, Learned.learn)
+
+
+async def _caller_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Needs:
+    serving = Serving(settings, lambda expert: bool(expert.urls))
+    fleet = await watched_fleet(settings, stack, lambda fleet: serving.reload(fleet, pools.reload))
+    pools = Pools(fleet.value)
+    stack.push_async_callback(pools.aclose)
+    gates = Gatekeeper(this_process(), pools.available, partial(reports_or_none, client))
+    stack.push_async_callback(gates.stop)
+    reporter = _reporter(client, "caller", lambda: {"experts": pools.facts(), "fleet_file": fleet.facts()}, stack)
+
+    def changed() -> None:
+        gates.look()
+        reporter.changed()
+
+    def gate(consumer: Consumer) -> Gate | None:
+        pool = pools.get(consumer.durable.removeprefix("caller-"))
+        return gates.gate(pool.expert) if pool else None
+
+    pools.on_change = changed
+    pools.start()
+    gates.start()
+    consumers = serving.begin(fleet.value)
+    return {"engines": pools, "consumers": consumers, "gate": gate, "reloaded": serving.follow, "recall": _recall(settings, client, fleet)}
+
+
+async def _host_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Needs:
+    serving = Serving(settings, is_hosted)
+    engines: dict[str, HostedEngine] = {}
+
+    def reload(fleet: Fleet) -> None:
+        """Launch what *fleet* says from now on; what it has no more is let go once nobody uses it."""
+        wanted = {subject_token(each.name): _found(each, settings.fleet_file.parent) for each in fleet.active if is_hosted(each)}
+        for token in engines.keys() - wanted.keys():
+            host.release(engines.pop(token).expert.name)
+        engines.update({token: host.engine(expert) for token, expert in wanted.items()})
+
+    fleet = await watched_fleet(settings, stack, lambda fleet: serving.reload(fleet, reload))
+    host = build_host((), settings.host)
+    stack.push_async_callback(host.aclose)
+    reload(fleet.value)
+    _reporter(client, "caller", lambda: {"host": host.facts(), "fleet_file": fleet.facts()}, stack, "host")
+    consumers = serving.begin(fleet.value)
+    return {"engines": engines, "consumers": consumers, "reloaded": serving.follow, "recall": _recall(settings, client, fleet)}
+
+
+async def _undertaker_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Needs:
+    absences = Absences(client, layout(settings))
+    await absences.start()
+    stack.push_async_callback(absences.stop)
+    _reporter(client, "undertaker", dict, stack)
+    # Every stream that there can be: a log may have been kept before it was switched off.
+    erasing = partial(erase, client, streams=every_stream(), retry_seconds=settings.worker.retry_seconds)
+    # A signal has no deadline of its own.
+    patience = {"patience_seconds": settings.log.turn_age_seconds}
+    return {"consumer": tuned(undertaker_consumer(), settings), "erase": erasing, **patience}
+
+
+_OWN_NEEDS = {"router": _router_needs, "caller": _caller_needs, "host": _host_needs, "undertaker": _undertaker_needs}
+
+
+# --- the fleet, as it changes ---------------------------------------------------------------------------------
+
+
+class Serving:
+    """Whose calls a worker takes, as the fleet changes: those of the experts that are *mine*.
+
+    Calls that wait for an expert which is no longer there are taken as well, to be passed on: nobody else would.
+    """
+
+    def __init__(self, settings: Settings, mine: Callable[[Expert], bool]) -> None:
+        self._settings, self._mine = settings, mine
+        self._taken: dict[Consumer, int] = {}
+        self._serve: Serve | None = None
+
+    def begin(self, fleet: Fleet) -> Mapping[Consumer, int]:
+        """What is taken at first, with as many permits."""
+        self._taken = expert_consumers(self._settings, tuple(filter(self._mine, fleet.active)))
+        return self._taken
+
+    def follow(self, serve: Serve) -> None:
+        """Call *serve* with what is to be taken, each time that this changes."""
+        self._serve = serve
+
+    async def reload(self, fleet: Fleet, engines: Callable[[Fleet], object]) -> None:
+        """Let *engines* follow *fleet*, and take the calls of its experts."""
+        engines(fleet)
+        others = expert_consumers(self._settings, tuple(each for each in fleet.active if not self._mine(each)))
+        orphans = {consumer: permits for consumer, permits in self._taken.items() if consumer not in others}
+        taken = orphans | dict(self.begin(fleet))
+        self._taken = taken
+        if self._serve:
+            await self._serve(taken)
+
+
+def is_hosted(expert: Expert) -> bool:
+    """Whether an expert host starts *expert*: who has addresses is started by somebody else."""
+    return expert.launch is not None and not expert.urls
+
+
+async def watched_fleet(settings: Settings, stack: AsyncExitStack, on_change: OnChange) -> Watched[Fleet]:
+    """The fleet of *settings*, read again whenever its file changes; *on_change* gets the new one, and may refuse it."""
+    watched = Watched(settings.fleet_file, read_fleet, on_change)
+    watched.start()
+    stack.push_async_callback(watched.stop)
+    return watched
+
+
+def _found(expert: Expert, folder: Path) -> Expert:
+    """*expert* with its weights where they are, seen from the fleet's *folder*."""
+    return expert.model_copy(update={"weights": located(expert.weights or "", folder)})
+
+
+def _recall(settings: Settings, client: TokenClient, fleet: Watched[Fleet]) -> Recall | None:
+    def expert(name: str) -> Expert | None:
+        return fleet.value.find(name)
+
+    answers = settings.answers
+    return Recall(AnswerCache(client), expert, answers.warmest) if answers.age_seconds else None
+
+
+def _reporter(client: TokenClient, worker: str, facts: Callable[[], Mapping[str, Any]], stack: AsyncExitStack, part: str = "") -> Reporter:
+    """Somebody who tells what this process knows as a *worker*, or as a *part* of one, until *stack* is closed."""
+    reporter = Reporter(client, worker, f"{this_process()}{part and f'-{part}'}", facts)
+    reporter.start()
+    stack.push_async_callback(reporter.stop)
+    return reporter

@@ -17,11 +17,12 @@ from capibara_flow.runtime.hops import Stage
 from capibara_flow.runtime.recalling import Recall
 from capibara_flow.runtime.work import attempt, seconds_left, tenant, tries
 from capibara_flow.telemetry import FIRST_TOKEN_SECONDS, TOKENS
-from topics.chat import CallExpert, ChatRequest
+from topics.chat import CallExpert, ChatRequest, ExpertCalled
 from topics.flow import hop
 from topics.streams import Consumer, Layout, subject_token
 
 HOP = hop("caller")
+Serve = Callable[[Mapping[Consumer, int]], Awaitable[None]]
 
 
 def build(
@@ -32,7 +33,7 @@ def build(
     consumers: Mapping[Consumer, int],
     layout: Layout | None = None,
     gate: Callable[[Consumer], Gate | None] = lambda _: None,
-    reloaded: Callable[[Callable[[Mapping[Consumer, int]], Awaitable[None]]], None] = lambda _: None,
+    reloaded: Callable[[Serve], None] = lambda _: None,
     recall: Recall | None = None,
     retry_seconds: float = 2.0,
     patience_seconds: float | None = None,
@@ -56,13 +57,7 @@ def build(
         except EngineFault as error:
             if attempted.account is None or not _out_of_reach(command, error, 2 * retry_seconds):
                 raise
-            if command.passed >= len(command.alternatives):  # all have been asked
-                await stage.say(stage.waiting(command.turn, error, command.passed))
-                await asyncio.sleep(retry_seconds)
-            try:
-                await stage.say(passed_on(command), attempted.account.event(clock(), f"passed on: {error.title}"))
-            except QueueFull:
-                raise error from None  # so it stays here, and is tried again
+            await _pass_on(stage, command, error, attempted.account.event(clock(), f"passed on: {error.title}"), retry_seconds)
         else:
             if attempted.account is not None:
                 await stage.say(attempted.account.event(clock()))
@@ -143,6 +138,17 @@ async def relay(pieces: AsyncGenerator[Piece, None], account: Account, answer: A
         async for piece in pieces:
             for output in account.take(piece, clock()):
                 await answer.write(output)
+
+
+async def _pass_on(stage: Stage, command: CallExpert, error: EngineFault, fact: ExpertCalled, pause: float) -> None:
+    """Let the next expert answer, after a *pause* when all have been asked; raises *error* when its queue has no room."""
+    if command.passed >= len(command.alternatives):
+        await stage.say(stage.waiting(command.turn, error, command.passed))
+        await asyncio.sleep(pause)
+    try:
+        await stage.say(passed_on(command), fact)
+    except QueueFull:
+        raise error from None  # so it stays here, and is tried again
 
 
 def passed_on(command: CallExpert) -> CallExpert:

@@ -60,18 +60,23 @@ def build(
         decision = found.decision
         _measure(decision, seconds := clock() - started)
         counted.add(decision, seconds)
-        call = CallExpert(
-            turn=command.turn,
-            expert=subject_token(decision.model_id),
-            bucket=bucket(tenant()),
-            request=command.request.model_copy(update={"model": decision.model_id}),
-            alternatives=found.alternatives,
-            plan=found.plan.after(),
-        )
         fact = TurnRouted(turn=command.turn, decision=decision, plan=found.plan, started=started, ended=clock())
-        await stage.say(Routed.of(command.turn, decision, found.plan), fact, call)
+        await stage.say(Routed.of(command.turn, decision, found.plan), fact, _call(command, found))
 
     return FastStream(broker)
+
+
+def _call(command: RouteTurn, found: Chosen) -> CallExpert:
+    """The first command of the plan."""
+    name = found.decision.model_id
+    return CallExpert(
+        turn=command.turn,
+        expert=subject_token(name),
+        bucket=bucket(tenant()),
+        request=command.request.model_copy(update={"model": name}),
+        alternatives=found.alternatives,
+        plan=found.plan.after(),
+    )
 
 
 def _measure(decision: Decision, seconds: float) -> None:

@@ -205,3 +205,27 @@ async def test_an_erased_turn_leaves_nothing_and_no_run(door: str, engine: str, 
         for info in await jetstream.streams_info():
             found = await jetstream.stream_info(info.config.name or "", subjects_filter=">")
             assert not [subject for subject in found.state.subjects or () if turn in subject]
+
+
+async def test_a_full_queue_of_calls_refuses_a_streamed_turn_before_any_work(door: str, installation: Installation) -> None:
+    async with wiring.connected(installation.settings, "provisioner") as admin:
+        jetstream = admin.jetstream()
+        info = await jetstream.stream_info("CF_WORK_CALL")
+        info.config.max_msgs = 1
+        await jetstream.update_stream(info.config)
+    async with ClientSession() as session, chat(session, door, "hang", model="one") as first:
+        stream = arriving(first)
+        turn = await turn_of(stream)
+        while (await anext(stream)).name != "token":
+            pass
+        for path, body in (("/api/chat", {"message": "hi"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})):
+            async with session.post(f"{door}{path}", json={**body, "stream": True}) as refused:
+                assert (refused.status, "Retry-After" in refused.headers) == (503, True)
+        await stop(door, turn)
+        await rest(stream)
+
+        async def accepted() -> bool:
+            async with chat(session, door, "count", model="one") as response:
+                return response.status == 200
+
+        await until(accepted)

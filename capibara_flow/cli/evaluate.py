@@ -16,6 +16,7 @@ from capibara_flow.domain.learning import Numbers
 from capibara_flow.domain.routes import DEFAULT, Routes
 from capibara_flow.domain.semantics import Match, Semantics, centroids
 from capibara_flow.domain.subjects import subject_of
+from capibara_flow.domain.understanding import Learned
 from capibara_flow.engines.embeddings.build import build_embedder
 from capibara_flow.errors import CannotStart
 from capibara_flow.ports import Embedder
@@ -108,7 +109,8 @@ async def learn(routes: Routes, teacher: Routes, embedder: Embedder) -> tuple[Se
     """What a router knows: the routes, and the complexity that the file *teacher* teaches (the same file, or the packaged one)."""
     vectors = await embedder.embed([each.text for each in routes.labelled])
     taught = vectors if teacher is routes else await embedder.embed([each.text for each in teacher.labelled])
-    return await asyncio.to_thread(Semantics.learn, routes, vectors), await asyncio.to_thread(Scale.learn, teacher, taught)
+    learned = await asyncio.to_thread(Learned.learn, routes, vectors, teacher, taught)
+    return learned.semantics, learned.scale
 
 
 async def answer(questions: Sequence[Question], semantics: Semantics, scale: Scale, embedder: Embedder) -> list[Answer]:

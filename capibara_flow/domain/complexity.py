@@ -46,19 +46,20 @@ class Scale:
     sharpness: float
 
     @classmethod
-    def learn(cls, routes: Routes, vectors: "Vectors") -> Self:
+    def learn(cls, routes: Routes, vectors: "Vectors", words: Numbers | None = None) -> Self:
         """Learn from the examples of ``routes.labelled`` that have a level; *vectors* are the embeddings of all of them.
 
+        *words* are the hashed words of all of them, if somebody has them: what is shared takes no memory of its own.
         Raises ``ValueError`` when the routes do not tell of complexity.
         """
         if not routes.tells_complexity:
             raise ValueError(f"each of {', '.join(LEVELS)} needs {FEWEST} examples")
-        taught = [
-            (each.text, LEVELS.index(each.level), vector) for each, vector in zip(routes.labelled, vectors, strict=True) if each.level
-        ]
-        texts, levels, kept = zip(*taught, strict=True)
-        examples = Examples.of(texts, np.stack(kept), VOCABULARY, WEIGHTS)
-        weights, unseen = ridge(examples.mutual(), one_hot(levels, len(LEVELS)), PENALTY)
+        examples = Examples.of([each.text for each in routes.labelled], vectors, VOCABULARY, WEIGHTS, words)
+        kept = [place for place, each in enumerate(routes.labelled) if each.level]
+        levels = [LEVELS.index(each.level) for each in routes.labelled if each.level]
+        found, unseen = ridge(examples.mutual(kept), one_hot(levels, len(LEVELS)), PENALTY)
+        weights = np.zeros((len(examples), len(LEVELS)), np.float32)  # an example without a level has no say
+        weights[kept] = found
         return cls(examples, weights, fit_sharpness(unseen, np.array(levels)).sharpness)
 
     def measure(self, text: str, vector: Numbers) -> tuple[Complexity, dict[Complexity, float]]:

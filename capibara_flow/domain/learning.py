@@ -39,17 +39,16 @@ class Examples:
     weights: Weights
 
     @classmethod
-    def of(cls, texts: Sequence[str], vectors: "Vectors", cues: Sequence[str], weights: Weights) -> Self:
-        """The examples *texts*; *vectors* are their embeddings of unit length, *cues* regular expressions for folded text."""
+    def of(cls, texts: Sequence[str], vectors: "Vectors", cues: Sequence[str], weights: Weights, words: Numbers | None = None) -> Self:
+        """The examples *texts*; *vectors* are their embeddings of unit length, *cues* regular expressions for folded text.
+
+        *words* are theirs where somebody has hashed them already: they are shared then, for they are the largest part.
+        """
         patterns = tuple(re.compile(each) for each in cues)
-        words = np.zeros((PLACES, len(texts)), np.float32)
-        signs = []
-        for column, text in enumerate(texts):
-            folded = fold(text)
-            for place, value in terms(folded).items():
-                words[place, column] = value
-            signs.append(cued(folded, patterns) + form(folded))
-        return cls(np.asarray(vectors, np.float32), words, np.asarray(signs, np.float32), patterns, weights)
+        folded = [fold(text) for text in texts]
+        signs = [cued(each, patterns) + form(each) for each in folded]
+        known = hashed(folded) if words is None else words
+        return cls(np.asarray(vectors, np.float32), known, np.asarray(signs, np.float32), patterns, weights)
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -63,16 +62,27 @@ class Examples:
         signs = np.asarray(cued(folded, self.cues) + form(folded), np.float32)
         return self._kernel(self.vectors @ vector, words, ((self.signs - signs) ** 2).sum(axis=1))
 
-    def mutual(self) -> Numbers:
-        """How like each other the examples are: (n, n)."""
-        squares = (self.signs**2).sum(axis=1)
-        signs = squares[:, None] + squares[None] - 2 * self.signs @ self.signs.T
-        return self._kernel(self.vectors @ self.vectors.T, self.words.T @ self.words, signs)
+    def mutual(self, places: Sequence[int] | None = None) -> Numbers:
+        """How like each other the examples are, all or those at *places*: (n, n)."""
+        some = slice(None) if places is None else list(places)
+        vectors, words, signs = self.vectors[some], self.words[:, some], self.signs[some]
+        squares = (signs**2).sum(axis=1)
+        apart = squares[:, None] + squares[None] - 2 * signs @ signs.T
+        return self._kernel(vectors @ vectors.T, words.T @ words, apart)
 
     def _kernel(self, meaning: Numbers, words: Numbers, signs: Numbers) -> Numbers:
         weights = self.weights
         exponent = weights.meaning * (meaning - 1) + weights.words * (words - 1) - weights.signs * signs
         return np.asarray(np.exp(exponent), np.float32)
+
+
+def hashed(folded: Sequence[str]) -> Numbers:
+    """The words of folded texts, one column each: (places, n)."""
+    words = np.zeros((PLACES, len(folded)), np.float32)
+    for column, text in enumerate(folded):
+        for place, value in terms(text).items():
+            words[place, column] = value
+    return words
 
 
 def ridge(kernel: Numbers, targets: Numbers, penalty: float) -> tuple[Numbers, Numbers]:

@@ -23,7 +23,8 @@ class Learned:
     @classmethod
     def learn(cls, routes: Routes, vectors: "Vectors", teacher: Routes, taught: "Vectors") -> Self:
         """Learn *routes*, and complexity from *teacher*; vectors are the embeddings of their ``labelled``. Takes about a second."""
-        return cls(Semantics.learn(routes, vectors), Scale.learn(teacher, taught))
+        semantics = Semantics.learn(routes, vectors)
+        return cls(semantics, Scale.learn(teacher, taught, semantics.examples.words if teacher is routes else None))
 
     def read(self, text: str, vector: Numbers) -> Understood:
         """What *text* is about, whose embedding is *vector*; takes about a millisecond."""

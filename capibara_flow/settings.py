@@ -210,6 +210,8 @@ def read_toml(path: Path, kind: type[Kind], what: str) -> Kind:
         raise SettingsError(f"{path}:{line[1] if line else text.count(chr(10)) + 1}: not TOML: {error}") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: not TOML: {error}") from error
+    except RecursionError as error:
+        raise SettingsError(f"{path}: not TOML that can be read: its values are nested too deeply") from error
     try:
         return kind.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
@@ -236,6 +238,8 @@ def read_routes(path: Path = ROUTES) -> Routes:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: not UTF-8: {error.reason}") from error
+    except RecursionError as error:
+        raise SettingsError(f"{path}: not TOML that can be read: its values are nested too deeply") from error
     except ValueError as error:
         raise SettingsError(str(error)) from error
 

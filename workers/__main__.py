@@ -10,6 +10,7 @@ import uvloop
 from prometheus_client import start_http_server
 
 from capibara_flow import telemetry, wiring
+from capibara_flow.errors import CapibaraError
 from capibara_flow.runtime import connection
 from capibara_flow.settings import Settings, SettingsError, load
 from topics.flow import FLOW
@@ -67,7 +68,7 @@ def main() -> int:
         if settings.worker.metrics_port is not None:
             start_http_server(settings.worker.metrics_port, addr="127.0.0.1")
         uvloop.run(run(_meant(names, settings), settings))
-    except SettingsError as error:
+    except (SettingsError, CapibaraError) as error:
         print(f"capibara: {error}", file=sys.stderr)
         return 2
     return 0

@@ -92,7 +92,7 @@ class Expert(Part):
             if "@" in re.split(r"[/?#]", url.partition("//")[2] or url, maxsplit=1)[0]:
                 raise ValueError("an address with a user or password in it: give the secret as api_key instead")
             if not re.match(r"https?://[^/\s]+", url):
-                raise ValueError(f"{url!r} is not an http:// or https:// address")
+                raise ValueError("an address that does not begin with http:// or https://")  # not repeated: it may hold a secret
         return tuple(url.rstrip("/") for url in urls)
 
 

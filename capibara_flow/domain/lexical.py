@@ -21,7 +21,8 @@ PLACES = 4096
 def fold(text: str) -> str:
     """*text* in small letters and without accents; of a long one its two ends."""
     cut = text if len(text) <= _READ else f"{text[: _READ // 2]}\n{text[-_READ // 2 :]}"
-    return "".join(each for each in unicodedata.normalize("NFKD", cut.lower()).lower() if not unicodedata.combining(each))
+    plain = "".join(each for each in unicodedata.normalize("NFKD", cut.lower()).lower() if not unicodedata.combining(each))
+    return plain[: 2 * _READ]  # one sign may be eighteen letters once it is taken apart
 
 
 def terms(folded: str) -> dict[int, float]:

@@ -20,7 +20,7 @@ LEVELS: tuple[Complexity, ...] = get_args(Complexity)
 FEWEST = 8
 
 #: Examples that a file may hold: learning takes time with their number's third power.
-MOST_EXAMPLES = 5000
+MOST_EXAMPLES = 4000
 
 Example = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]

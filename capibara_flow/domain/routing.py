@@ -6,7 +6,7 @@ Nobody is asked too much: images and tools go to experts only that take them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from capibara_flow.domain.fleet import AUTO, Choice, Expert, Fleet
+from capibara_flow.domain.fleet import AUTO, Choice, Expert, Fleet, Rule
 from capibara_flow.errors import BadRequest, UnknownExpert
 from topics.chat import ChatRequest, Complexity, Decision
 from topics.plan import Plan, Step
@@ -55,7 +55,7 @@ def lacks(request: ChatRequest, expert: Expert) -> tuple[str, ...]:
 
 
 def candidates(request: ChatRequest, fleet: Fleet) -> tuple[Expert, ...]:
-    """Who can answer: the expert that is named, or else the default and all others that take what the request carries.
+    """Who can answer: the expert that is named, or else the default and all others that take what it carries, the dearest first.
 
     Raises ``UnknownExpert``, or ``BadRequest`` that tells whom it asked too much of, and what.
     """
@@ -63,14 +63,15 @@ def candidates(request: ChatRequest, fleet: Fleet) -> tuple[Expert, ...]:
         if lacking := lacks(request, named):
             raise BadRequest(f"{named.name} does not take {' and '.join(lacking)}")
         return (named,)
-    if found := tuple(each for each in (fleet.fallback, *fleet.active) if not lacks(request, each)):
+    by_priority = sorted(fleet.active, key=lambda expert: -expert.priority)
+    if found := tuple(each for each in (fleet.fallback, *by_priority) if not lacks(request, each)):
         return found
     raise BadRequest(f"no expert of this fleet takes {' and '.join(_carried(request))}")
 
 
 def needs_reading(request: ChatRequest, fleet: Fleet) -> bool:
     """Whether what *request* is about can make a difference: it names nobody, no rule speaks for it, and there is a policy."""
-    return bool(fleet.policy) and wants(request, fleet) is None and not any(rule.matches(request.question) for rule in fleet.rules)
+    return bool(fleet.policy) and wants(request, fleet) is None and _rule(request, fleet, candidates(request, fleet)) is None
 
 
 def choose(request: ChatRequest, fleet: Fleet, understood: Understood | None = None) -> Chosen:
@@ -78,14 +79,19 @@ def choose(request: ChatRequest, fleet: Fleet, understood: Understood | None = N
     able = candidates(request, fleet)
     if wants(request, fleet):
         return Chosen(_decision(able[0], "named", 1.0, f"the request names {able[0].name}"))
-    for rule in fleet.rules:
-        expert = fleet.find(rule.expert)
-        if expert in able and rule.matches(request.question):
-            decision = _decision(expert, rule.route, 0.8, f"a pattern of route {rule.route} matches")
-            return Chosen(decision, _behind(expert, rule.then, fleet, able))
+    if found := _rule(request, fleet, able):
+        rule, expert = found
+        decision = _decision(expert, rule.route, 0.8, f"a pattern of route {rule.route} matches")
+        return Chosen(decision, _behind(expert, rule.then, fleet, able))
     if understood is None:
         return Chosen(_decision(able[0], DEFAULT, 0.5, "no rule matches"), _behind(able[0], fleet.then, fleet, able))
     return _by_policy(fleet, able, understood)
+
+
+def _rule(request: ChatRequest, fleet: Fleet, able: Sequence[Expert]) -> tuple[Rule, Expert] | None:
+    """The first rule that speaks for the question and names somebody who is *able*, and whom it names."""
+    named = ((rule, fleet.find(rule.expert)) for rule in fleet.rules)
+    return next(((rule, expert) for rule, expert in named if expert and expert in able and rule.matches(request.question)), None)
 
 
 def _by_policy(fleet: Fleet, able: Sequence[Expert], understood: Understood) -> Chosen:

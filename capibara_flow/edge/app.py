@@ -1,6 +1,7 @@
 """The aiohttp application: routes, errors in the right dialect, CORS, and a graceful end."""
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
@@ -22,7 +23,7 @@ from capibara_flow.edge.completions import Completions
 from capibara_flow.edge.door import Door
 from capibara_flow.edge.openapi import document
 from capibara_flow.edge.problems import AGAIN, respond
-from capibara_flow.errors import CapibaraError
+from capibara_flow.errors import CapibaraError, Unauthorized
 from capibara_flow.telemetry import HTTP, log
 
 PAGE = Path(__file__).parent / "page"
@@ -93,12 +94,15 @@ class _House:
         missing = await self._door.turns.ready()
         return web.json_response({"ready": not missing, "missing": missing}, status=503 if missing else 200)
 
-    async def stats(self, _: web.Request) -> web.Response:
+    async def stats(self, request: web.Request) -> web.Response:
         """``GET /stats``: what this edge has done, and what workers tell: routes taken, engines' health, experts loaded."""
         experts = [{"name": each.name, "dialect": each.dialect, "scripted": each.scripted} for each in self._door.fleet.active]
         uptime = round(time.time() - self._since, 1)
         own = {"version": __version__, "uptime_seconds": uptime, "experts": experts, **self._door.turns.facts()}
-        return web.json_response(own | {"workers": await self._door.turns.reports()})
+        with contextlib.suppress(Unauthorized):
+            self._door.identify(request)
+            own |= {"workers": await self._door.turns.reports()}
+        return web.json_response(own)
 
     async def metrics(self, _: web.Request) -> web.Response:
         """``GET /metrics``: Prometheus text."""

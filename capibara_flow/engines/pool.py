@@ -309,6 +309,7 @@ async def _stopped(replicas: Collection[_Replica]) -> None:
 
 def _kind(error: CapibaraError) -> Fault:
     """What *error* tells of the engine."""
-    if isinstance(error, EngineBroke):
+    # What was said by somebody who was reached tells of the model behind him: that he still answers probes disproves nothing.
+    if isinstance(error, EngineBroke) or error.__cause__ is None:
         return "broke"
     return "refused" if getattr(error.__cause__, "errno", None) == errno.ECONNREFUSED else "unreachable"

@@ -98,10 +98,11 @@ class Pools(Mapping[str, Pool]):
 
     async def aclose(self) -> None:
         """Stop probing and close all engines, those that are being drained as well."""
+        pools = [*self._pools.values(), *self._gone]  # before whoever drains ends, and forgets them
         for task in self._draining:
             task.cancel()
         await asyncio.gather(*self._draining, return_exceptions=True)
-        for pool in (*self._pools.values(), *self._gone):
+        for pool in pools:
             await pool.aclose()
 
     def _add(self, expert: Expert) -> None:

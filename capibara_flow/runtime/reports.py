@@ -93,8 +93,19 @@ async def read_reports(client: TokenClient) -> list[dict[str, Any]]:
         found = await batch(client, REPORTS, {"multi_last": [report_key("*", "*")]})  # NATS ADR-31
     except NatsError as error:
         raise BrokerUnavailable(f"{REPORTS} cannot be asked: {error!r}") from error
-    reports = [json.loads(each.data) for each in found if each.data]  # what has no body tells that a key was removed, or ran out
+    # What has no body tells that a key was removed, or ran out.
+    reports = [report for each in found if each.data and (report := _report(each.data))]
     return sorted(reports, key=lambda each: (each["worker"], each["process"]))
+
+
+def _report(body: bytes) -> dict[str, Any] | None:
+    """The report in *body*; none when it has another form, of another version, say."""
+    try:
+        report = json.loads(body)
+    except ValueError:
+        return None
+    told = isinstance(report, dict) and all(isinstance(report.get(name), str) for name in ("worker", "process"))
+    return report if told else None
 
 
 async def reports_or_none(client: TokenClient) -> list[dict[str, Any]]:

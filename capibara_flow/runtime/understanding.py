@@ -12,6 +12,7 @@ from capibara_flow.domain.routing import Understood
 from capibara_flow.domain.subjects import subject_of
 from capibara_flow.ports import Embedder, Vectors
 from capibara_flow.runtime.watching import Watched
+from capibara_flow.settings import SettingsError
 from capibara_flow.telemetry import log
 from topics.chat import ChatRequest
 
@@ -42,6 +43,7 @@ class Understanding:
         self._watched: Watched[Routes] | None = None
         self._learned: asyncio.Future[Learned] = asyncio.get_running_loop().create_future()
         self._learning: asyncio.Task[None] | None = None
+        self._following, self._one_at_a_time = asyncio.Lock(), asyncio.Lock()
 
     async def follow(self, fleet_file: Path, fleet: Fleet) -> None:
         """Go by the routes of *fleet* from now on; raises ``SettingsError`` or ``CannotStart``, and goes on as before then.
@@ -50,10 +52,16 @@ class Understanding:
         """
         if not fleet.policy:
             return
+        async with self._following:
+            await self._follow(fleet_file, fleet)
+
+    async def _follow(self, fleet_file: Path, fleet: Fleet) -> None:
         path = fleet_file.parent / fleet.routes if fleet.routes else self._come_along
         if self._watched and self._watched.path == path:
+            _check_policy(fleet, self._watched.value)
             return
         watched = Watched(path, self._read, self._learn)
+        _check_policy(fleet, watched.value)
         if self._tools is None:
             self._tools = await asyncio.to_thread(self._build)
             self._learning = asyncio.create_task(self._learn_first(watched.value))
@@ -97,6 +105,10 @@ class Understanding:
             self._learned.set_exception(error)
 
     async def _learn(self, routes: Routes) -> None:
+        async with self._one_at_a_time:  # whoever comes last has the last word
+            await self._learn_now(routes)
+
+    async def _learn_now(self, routes: Routes) -> None:
         assert self._tools is not None, "follow builds them first"  # noqa: S101
         # A file that tells little of complexity leaves that to what comes along.
         teacher = routes if routes.tells_complexity else await asyncio.to_thread(self._read, self._come_along)
@@ -111,3 +123,9 @@ class Understanding:
     async def _vectors(self, routes: Routes) -> Vectors:
         assert self._tools is not None, "follow builds them first"  # noqa: S101
         return await self._tools.embedder.embed([each.text for each in routes.labelled])
+
+
+def _check_policy(fleet: Fleet, routes: Routes) -> None:
+    """Raise ``SettingsError`` when a row of the policy is for a route that is not there: nothing would ever take it."""
+    if unknown := sorted(fleet.policy.keys() - set(routes.names)):
+        raise SettingsError(f"policy: no route is called {', '.join(unknown)}; there are: {', '.join(routes.names)}")

@@ -3,16 +3,21 @@
 import asyncio
 import hashlib
 import inspect
+import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from capibara_flow.errors import CapibaraError
+from capibara_flow.errors import CapibaraError, Transient
 from capibara_flow.settings import SettingsError
 from capibara_flow.telemetry import log
 
 Held = TypeVar("Held")
+
+#: What reports leave out of a refusal: where on this machine a file is; and how much of it they tell, in characters.
+_FOLDERS = re.compile(r"(?:/[^/\s:'\"]+)*/(?=[^/\s:'\"]+:)")
+_MOST = 500
 
 
 class Watched(Generic[Held]):
@@ -47,7 +52,7 @@ class Watched(Generic[Held]):
 
     def facts(self) -> dict[str, Any]:
         """Which version is in use, and why a newer one is not, if so: for reports, which tell of no folders."""
-        refused = self._refusal and self._refusal.replace(str(self.path), self.path.name)
+        refused = _FOLDERS.sub("", self._refusal)[:_MOST] if self._refusal else None
         return {"file": self.path.name, "version": (self._version or "")[:12], "refused": refused}
 
     def start(self) -> None:
@@ -73,7 +78,7 @@ class Watched(Generic[Held]):
             async with self._checking:
                 before, self._seen = self._seen, await asyncio.to_thread(self._digest)
                 if self._seen == before:
-                    await self._take()
+                    await self._take()  # whatever it meets is a refusal: the next look has to come
 
     async def _take(self) -> bool:
         """Take what was seen, unless it is known already, be it good or bad."""
@@ -91,9 +96,12 @@ class Watched(Generic[Held]):
             told = self._on_change(value)
             if inspect.isawaitable(told):
                 await told
-        except (SettingsError, CapibaraError) as error:
-            self._refusal = str(error)
-            log.error("file_refused", file=str(self.path), error=str(error), kept=self.facts()["version"])
+        except Exception as error:  # noqa: BLE001  whatever a file makes us do, the old one stays and the next one is looked at
+            if isinstance(error, Transient):
+                self._known = self._version  # not the file's fault: it is tried again
+            self._refusal = str(error) or type(error).__name__
+            foreseen = isinstance(error, SettingsError | CapibaraError)
+            log.error("file_refused", file=str(self.path), error=self._refusal, kept=self.facts()["version"], exc_info=not foreseen)
             return False
         self._value, self._version, self._refusal = value, self._seen, None
         log.info("file_taken", file=str(self.path), version=self._seen[:12])

@@ -25,7 +25,7 @@ def fleet(*experts: dict[str, Any], **more: Any) -> Fleet:
         ([{"name": "a", "active": False}], {}, "no expert is active"),
         ([{"name": "Auto"}], {}, "reserved for the router's own choice: 'Auto'"),
         ([{"name": "a", "aliases": ["capibara"]}], {}, "reserved for the router's own choice: 'capibara'"),
-        ([{"name": "a", "urls": ["ftp://h"]}], {}, "'ftp://h' is not an http:// or https:// address"),
+        ([{"name": "a", "urls": ["ftp://h"]}], {}, "an address that does not begin with http:// or https://"),
         ([{"name": "a", "urls": []}], {}, "urls"),
         ([{"name": "a", "dialect": "smoke"}], {}, "dialect"),
         ([{"name": "a", "concurrency": 0}], {}, "concurrency"),

@@ -201,3 +201,12 @@ def test_routing_decides_or_refuses_and_nothing_else(text: str, model: str | Non
     assert not lacks(asked, expert)
     named = wants(asked, fleet)
     assert named is None or named is expert
+
+
+def test_a_rule_for_somebody_who_cannot_see_does_not_keep_an_image_from_being_read() -> None:
+    assert needs_reading(request("hola", image=True), LADDER)
+
+
+def test_of_those_who_can_answer_the_dearest_comes_first() -> None:
+    experts = [{"name": name, "urls": ["http://h:1"], "priority": priority} for name, priority in (("a", 1), ("b", 5), ("c", 3))]
+    assert [each.name for each in candidates(request(), Fleet.model_validate({"experts": experts}))] == ["a", "b", "c", "a"]

@@ -506,3 +506,8 @@ def test_openapi_refers_only_to_what_it_defines() -> None:
             assert named == set(re.findall(r"{(\w+)}", path))
             assert operation["summary"]
             assert all("description" in response for response in operation["responses"].values())
+
+
+async def test_what_workers_tell_is_for_those_who_may_ask() -> None:
+    async with client(FakeTurns(*ANSWER), auth=KEYS) as session, session.get("/stats") as response:
+        assert "workers" not in await response.json()

@@ -407,6 +407,21 @@ async def test_what_is_removed_ends_its_streams_in_peace(pools: Pools, servers: 
     await slow.kill()
 
 
+async def test_what_is_still_being_drained_at_the_end_is_closed_too(servers: list[Server]) -> None:
+    slow = Server()
+    slow.script = Script(default=Answer(text="one two three", delay_ms=1000))
+    pools = Pools(fleet(expert(*servers, name="stays"), expert(await slow.start(), name="go.es")))
+    leaving = pools["go_es"]
+    stream = leaving.stream(ASK)
+    await anext(stream)
+    pools.reload(fleet(expert(*servers, name="stays")))
+    await pools.aclose()
+    with pytest.raises((EngineBroke, RuntimeError)):  # its session is closed
+        async for _ in stream:
+            pass
+    await slow.kill()
+
+
 async def test_an_address_that_is_removed_ends_its_streams_and_the_others_keep_their_state(servers: list[Server]) -> None:
     pools = Pools(fleet(expert(*servers, name="moves")), probing=BRISK)
     pools.start()

@@ -8,7 +8,7 @@ from capibara_flow.errors import BrokerUnavailable
 from capibara_flow.runtime.reports import Reporter, read_reports, reports_or_none, this_process
 from tests.runtime.rig import Rig
 from tests.waiting import until
-from topics.streams import REPORT_SECONDS, REPORTS, subject_token
+from topics.streams import REPORT_SECONDS, REPORTS, report_key, subject_token
 
 
 async def told(rig: Rig, worker: str, process: str, facts: dict[str, Any], **options: Any) -> Reporter:
@@ -98,3 +98,16 @@ async def test_without_a_broker_nothing_is_told_and_nobody_is_seen(rig: Rig) -> 
 
 def test_the_name_of_a_process_may_stand_in_a_subject() -> None:
     assert this_process() == subject_token(this_process())
+
+
+async def test_what_is_no_report_is_passed_over(rig: Rig) -> None:
+    edge, caller = await rig.client("edge"), await rig.client("caller")
+    for process, body in (
+        ("a", b"{"),
+        ("b", b"[]"),
+        ("c", b'{"worker": 7, "process": "c"}'),
+        ("d", b'{"worker": "caller", "process": "d"}'),
+    ):
+        await caller.publish(report_key("caller", process), body)
+    await until(lambda: read_reports(edge))
+    assert [each["process"] for each in await read_reports(edge)] == ["d"]

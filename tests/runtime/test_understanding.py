@@ -174,3 +174,21 @@ async def test_questions_are_told_when_the_first_routes_could_not_be_learned(tmp
     with pytest.raises(ZeroDivisionError):
         await understanding(asking("cat"))
     await understanding.aclose()
+
+
+async def test_a_policy_for_a_route_that_is_not_there_is_refused(tmp_path: Path, understanding: Understanding) -> None:
+    body = {"experts": [{"name": "a", "urls": ["http://h:1"]}], "policy": {"default": "a", "anmials": "a"}}
+    with pytest.raises(SettingsError, match="no route is called anmials; there are: animals, plants, default"):
+        await understanding.follow(tmp_path / "fleet.toml", Fleet.model_validate(body))
+
+
+async def test_whoever_is_followed_last_has_the_last_word(tmp_path: Path, understanding: Understanding, embedder: WordBags) -> None:
+    (tmp_path / "own.toml").write_text(routes_text(stars="sun", seas="wave"), encoding="utf-8")
+    embedder.hold.clear()
+    first = asyncio.create_task(understanding.follow(tmp_path / "fleet.toml", fleet()))
+    await until(lambda: understanding._learning is not None)
+    second = asyncio.create_task(understanding.follow(tmp_path / "fleet.toml", fleet("own.toml")))
+    await asyncio.sleep(0.05)
+    embedder.hold.set()
+    await asyncio.gather(first, second)
+    assert (await understanding(asking("wave simple wave 1"))).route == "seas"

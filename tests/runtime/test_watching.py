@@ -8,7 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from capibara_flow.domain.fleet import Fleet
-from capibara_flow.errors import CannotStart
+from capibara_flow.errors import BrokerUnavailable, CannotStart
 from capibara_flow.runtime.watching import Watched
 from capibara_flow.settings import SettingsError, read_fleet
 from tests.waiting import until
@@ -152,3 +152,46 @@ def test_what_is_bad_from_the_beginning_is_said_at_once(file: Path, tmp_path: Pa
         Watched(file, read_fleet)
     with pytest.raises(SettingsError, match="cannot be read"):
         Watched(tmp_path / "none.toml", read_fleet)
+
+
+async def test_whatever_a_file_makes_us_do_the_next_one_is_looked_at(file: Path, taken: list[int]) -> None:
+    def take(fleet: Fleet) -> None:
+        if len(fleet.experts) == 2:
+            raise ZeroDivisionError
+        taken.append(len(fleet.experts))
+
+    watching = Watched(file, read_fleet, take)
+    in_place(file, "x = " + "[" * 5000)
+    assert not await watching.check()
+    assert "nested too deeply" in watching.facts()["refused"]
+    in_place(file, TWO)
+    assert not await watching.check()
+    assert watching.facts()["refused"] == "ZeroDivisionError"
+    in_place(file, ONE + "# better")
+    assert await watching.check()
+    assert taken == [1]
+
+
+async def test_a_file_that_could_not_be_taken_for_now_is_tried_again(file: Path) -> None:
+    errors: list[Exception] = [BrokerUnavailable("away")]
+
+    def take(fleet: Fleet) -> None:
+        if errors:
+            raise errors.pop()
+
+    watching = Watched(file, read_fleet, take)
+    in_place(file, TWO)
+    assert not await watching.check()
+    assert watching.facts()["refused"] == "away"
+    assert await watching.check()
+    assert len(watching.value.experts) == 2
+
+
+async def test_a_report_tells_of_no_folder(file: Path) -> None:
+    def take(fleet: Fleet) -> None:
+        raise SettingsError(f"{file.parent}/own.toml:3: routes: bad, see {file.parent}/x.toml: really")
+
+    watching = Watched(file, read_fleet, take)
+    in_place(file, TWO)
+    assert not await watching.check()
+    assert watching.facts()["refused"] == "own.toml:3: routes: bad, see x.toml: really"

@@ -86,7 +86,7 @@ class ExpertHost:
                 yield Load(self._hosting.eta(name, self._clock()))
                 await asyncio.wait({admitted}, timeout=TELL_SECONDS)
             admitted.result()
-            child = self._children[name]
+            child = self._alive(name)
             if child.resting:
                 yield Load()
             await child.wake()
@@ -129,6 +129,11 @@ class ExpertHost:
             EXPERT_LOADED.labels(child.name).set(0)
 
     # --- one request ----------------------------------------------------------------------------------------------
+
+    def _alive(self, name: str) -> Child:
+        if name not in self._children:
+            raise EngineUnreachable(f"{name} ended before it could be asked")
+        return self._children[name]
 
     def _ask(self, name: str) -> tuple[int, asyncio.Future[None]]:
         if self._closed:

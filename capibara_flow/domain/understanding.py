@@ -22,7 +22,10 @@ class Learned:
 
     @classmethod
     def learn(cls, routes: Routes, vectors: "Vectors", teacher: Routes, taught: "Vectors") -> Self:
-        """Learn *routes*, and complexity from *teacher*; vectors are the embeddings of their ``labelled``. 3,000 examples take about five seconds."""
+        """Learn *routes*, and complexity from *teacher*; vectors are the embeddings of their ``labelled``.
+
+        3,000 examples take about five seconds.
+        """
         semantics = Semantics.learn(routes, vectors)
         return cls(semantics, Scale.learn(teacher, taught, semantics.examples.words if teacher is routes else None))
 

@@ -3,6 +3,8 @@
 import json
 import re
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -201,21 +203,29 @@ def read_fleet(path: Path) -> Fleet:
 def read_toml(path: Path, kind: type[Kind], what: str) -> Kind:
     """Read *path*, a TOML file that holds one *kind*; raises ``SettingsError``: ``file:line: key: reason``, *what* for the whole of it."""
     try:
-        text = path.read_text(encoding="utf-8")
-        raw: dict[str, Any] = tomllib.loads(text)
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
+        with _faults_of(path):
+            text = path.read_text(encoding="utf-8")
+            raw: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"at line (\d+)", str(error))
         raise SettingsError(f"{path}:{line[1] if line else text.count(chr(10)) + 1}: not TOML: {error}") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: not TOML: {error}") from error
-    except RecursionError as error:
-        raise SettingsError(f"{path}: not TOML that can be read: its values are nested too deeply") from error
     try:
         return kind.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
         raise SettingsError("; ".join(_problem(path, text, each, what) for each in _own(error.errors()))) from error
+
+
+@contextmanager
+def _faults_of(path: Path) -> Iterator[None]:
+    """What reading any file may meet, as ``SettingsError``."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise SettingsError(f"{path}: not TOML that can be read: its values are nested too deeply") from error
 
 
 def _own(found: "Sequence[ErrorDetails]") -> "list[ErrorDetails]":
@@ -232,16 +242,13 @@ def _problem(path: Path, text: str, found: "ErrorDetails", what: str) -> str:
 
 def read_routes(path: Path = ROUTES) -> Routes:
     """Read a routes file, the one that comes along when none is named; raises ``SettingsError`` naming file, line, key and reason."""
-    try:
-        return parse_routes(path.read_text(encoding="utf-8"), path.name if path == ROUTES else str(path))
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path}: not UTF-8: {error.reason}") from error
-    except RecursionError as error:
-        raise SettingsError(f"{path}: not TOML that can be read: its values are nested too deeply") from error
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    with _faults_of(path):
+        try:
+            return parse_routes(path.read_text(encoding="utf-8"), path.name if path == ROUTES else str(path))
+        except UnicodeDecodeError as error:
+            raise SettingsError(f"{path}: not UTF-8: {error.reason}") from error
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
 
 
 def load() -> Settings:

@@ -5,7 +5,7 @@ import logging
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -87,6 +87,19 @@ class Installation:
         await self._stack.aclose()
 
 
+@asynccontextmanager
+async def installed(settings: Settings, engine: str, *names: str) -> AsyncIterator[Installation]:
+    """An installation for the length of a block, without a door, with these workers (every one that plain turns need, if none is named)."""
+    await wiring.apply_streams(settings)
+    running = Installation(settings, engine)
+    try:
+        for name in names or ("router", "caller", "undertaker"):
+            await running.start_worker(name)
+        yield running
+    finally:
+        await running.aclose()
+
+
 async def until_ready(url: str) -> None:
     """Wait until the door says that a turn can be served."""
     async with ClientSession() as session, asyncio.timeout(20):
@@ -128,15 +141,8 @@ def settings(broker: EmbeddedBroker, fleet_file: Path) -> Settings:
 @pytest.fixture
 async def installation(settings: Settings, engine: str) -> AsyncIterator[Installation]:
     """A whole installation without a door; settings may be replaced before more is started."""
-    await wiring.apply_streams(settings)
-    running = Installation(settings, engine)
-    try:
-        await running.start_worker("router")
-        await running.start_worker("caller")
-        await running.start_worker("undertaker")
+    async with installed(settings, engine) as running:
         yield running
-    finally:
-        await running.aclose()
 
 
 @pytest.fixture

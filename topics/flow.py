@@ -36,6 +36,10 @@ FLOW = (
     Hop("undertaker", CancelTurn, (CancelTurn, TurnFailed), (Waiting, Usage, Done, Failed), serves=(EraseTurn,)),
 )
 
+#: Workers that are another one with other needs: an expert host is a caller of engines that it starts itself.
+VARIANTS = {"host": "caller"}
+NAMES = (*(each.worker for each in FLOW), *VARIANTS)
+
 #: What the door itself publishes; it listens to nothing but output.
 DOOR: tuple[type[Message], ...] = (RouteTurn, PreviewRoute, CancelTurn, EraseTurn)
 

@@ -13,9 +13,7 @@ from capibara_flow import telemetry, wiring
 from capibara_flow.errors import CapibaraError
 from capibara_flow.runtime import connection
 from capibara_flow.settings import Settings, SettingsError, load
-from topics.flow import FLOW
-
-NAMES = (*(hop.worker for hop in FLOW), "host")
+from topics.flow import NAMES
 
 
 async def run(names: tuple[str, ...], settings: Settings) -> None:

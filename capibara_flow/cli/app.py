@@ -201,11 +201,10 @@ def worker(
     state: State = DEFAULT_STATE,
 ) -> None:
     """Run workers in this process."""
-    from topics.flow import FLOW
+    from topics.flow import NAMES
 
-    known = [*(hop.worker for hop in FLOW), "host"]
-    if names != ["all"] and (unknown := [name for name in names if name not in known]):
-        raise typer.BadParameter(f"no worker {', '.join(map(repr, unknown))}: one or more of {', '.join(known)}, or all")
+    if names != ["all"] and (unknown := [name for name in names if name not in NAMES]):
+        raise typer.BadParameter(f"no worker {', '.join(map(repr, unknown))}: one or more of {', '.join(NAMES)}, or all")
     adopt(state)
     os.execv(sys.executable, [sys.executable, "-m", "workers", *names])  # noqa: S606  no shell is wanted
 

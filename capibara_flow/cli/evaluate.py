@@ -20,6 +20,7 @@ from capibara_flow.domain.understanding import Learned
 from capibara_flow.engines.embeddings.build import build_embedder
 from capibara_flow.errors import CannotStart
 from capibara_flow.ports import Embedder
+from capibara_flow.runtime.understanding import Tools
 from capibara_flow.settings import ROUTES, SettingsError, read_routes
 from topics.chat import ChatMessage, Complexity
 
@@ -94,22 +95,19 @@ def read_questions(path: Path, routes: Routes) -> tuple[Question, ...]:
 async def _measured(questions: Sequence[Question], routes: Routes, name: str) -> dict[str, Any]:
     embedder = build_embedder(name)
     try:
-        teacher = routes if routes.tells_complexity else read_routes()
         started = time.perf_counter()
-        semantics, scale = await learn(routes, teacher, embedder)
+        semantics, scale = await learn(routes, embedder)
         learning = time.perf_counter() - started
         answers = await answer(questions, semantics, scale, embedder)
         figures = {"embedder": embedder.model, "learning_s": round(learning, 2), **report(questions, answers)}
     finally:
         await embedder.aclose()
-    return {**figures, "latency_ms": _latency(answers), "baselines": await _baselines(questions, routes, teacher)}
+    return {**figures, "latency_ms": _latency(answers), "baselines": await _baselines(questions, routes)}
 
 
-async def learn(routes: Routes, teacher: Routes, embedder: Embedder) -> tuple[Semantics, Scale]:
-    """What a router knows: the routes, and the complexity that the file *teacher* teaches (the same file, or the packaged one)."""
-    vectors = await embedder.embed([each.text for each in routes.labelled])
-    taught = vectors if teacher is routes else await embedder.embed([each.text for each in teacher.labelled])
-    learned = await asyncio.to_thread(Learned.learn, routes, vectors, teacher, taught)
+async def learn(routes: Routes, embedder: Embedder) -> tuple[Semantics, Scale]:
+    """What a router knows: the routes, and the complexity that their file teaches, or the packaged one."""
+    learned = await Tools(embedder, Learned.learn).learned(routes, read_routes)
     return learned.semantics, learned.scale
 
 
@@ -191,12 +189,13 @@ def _latency(answers: Sequence[Answer]) -> dict[str, float]:
     }
 
 
-async def _baselines(questions: Sequence[Question], routes: Routes, teacher: Routes) -> dict[str, Any]:
+async def _baselines(questions: Sequence[Question], routes: Routes) -> dict[str, Any]:
     """One MiniLM mean a route, and complexity by length alone: learned from the examples, and from the data's own other lengths."""
     found: dict[str, Any] = {"minilm_centroid": await _nearest_mean(questions, routes)}
     leveled = [(each.text, each.complexity) for each in questions if each.complexity]
     if leveled:
         truth = [level for _, level in leveled]
+        teacher = routes if routes.tells_complexity else read_routes()
         taught = [(each.text, each.level) for each in teacher.labelled if each.level]
         lengths = by_length([text for text, _ in taught], [level for _, level in taught])
         found["length_only"] = {"macro_f1": round(quality.macro_f1(truth, [lengths.measure(text) for text, _ in leveled]), 4)}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self, get_args
 
 from pydantic import StringConstraints, ValidationError, field_validator, model_validator
 
-from capibara_flow.domain.toml_lines import lines_of
+from capibara_flow.domain.toml_lines import lines_of, nearest
 from topics.chat import Complexity
 from topics.message import Part
 
@@ -180,5 +180,4 @@ def _problems(error: ValidationError, lines: dict[Position, int]) -> Iterator[tu
     for each in error.errors():
         cause = each.get("ctx", {}).get("error")
         place: Position = (*each["loc"], *(cause.place if isinstance(cause, _At) else ()))
-        known = next((place[:length] for length in range(len(place), 0, -1) if place[:length] in lines), ())
-        yield lines.get(known, 1), ".".join(map(str, place)) or "file", each["msg"].removeprefix("Value error, ")
+        yield nearest(lines, place) or 1, ".".join(map(str, place)) or "file", each["msg"].removeprefix("Value error, ")

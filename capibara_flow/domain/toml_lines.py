@@ -1,7 +1,7 @@
 """Where in a TOML text a key stands, so that a complaint about a value can name the line (TOML 1.0)."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 Path = tuple[str | int, ...]
 
@@ -26,7 +26,11 @@ def line_of(text: str, loc: Sequence[str | int]) -> int | None:
     *text* is valid TOML; *loc* is a path of keys and indices, as ``pydantic`` tells it: what stands for no key is passed over
     from the end.
     """
-    lines = lines_of(text)
+    return nearest(lines_of(text), loc)
+
+
+def nearest(lines: Mapping[Path, int], loc: Sequence[str | int]) -> int | None:
+    """As ``line_of``, for who asks several times: *lines* are those of the text, by ``lines_of``."""
     return next((lines[tuple(loc[:length])] for length in range(len(loc), 0, -1) if tuple(loc[:length]) in lines), None)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,16 @@ class Tools:
 
     embedder: Embedder
     learn: "Callable[[Routes, Vectors, Routes, Vectors], Learned]"
+
+    async def learned(self, routes: Routes, come_along: Callable[[], Routes]) -> "Learned":
+        """What there is to learn of *routes*; a file that tells little of complexity leaves that to what comes along."""
+        teacher = routes if routes.tells_complexity else await asyncio.to_thread(come_along)
+        vectors = await self._vectors(routes)
+        taught = vectors if teacher is routes else await self._vectors(teacher)
+        return await asyncio.to_thread(self.learn, routes, vectors, teacher, taught)
+
+    async def _vectors(self, routes: Routes) -> Vectors:
+        return await self.embedder.embed([each.text for each in routes.labelled])
 
 
 class Understanding:
@@ -110,19 +121,11 @@ class Understanding:
 
     async def _learn_now(self, routes: Routes) -> None:
         assert self._tools is not None, "follow builds them first"  # noqa: S101
-        # A file that tells little of complexity leaves that to what comes along.
-        teacher = routes if routes.tells_complexity else await asyncio.to_thread(self._read, self._come_along)
-        vectors = await self._vectors(routes)
-        taught = vectors if teacher is routes else await self._vectors(teacher)
-        learned = await asyncio.to_thread(self._tools.learn, routes, vectors, teacher, taught)
+        learned = await self._tools.learned(routes, partial(self._read, self._come_along))
         if self._learned.done():
             self._learned = asyncio.get_running_loop().create_future()
         self._learned.set_result(learned)
-        log.info("routes_learned", routes=len(routes.routes), examples=len(vectors))
-
-    async def _vectors(self, routes: Routes) -> Vectors:
-        assert self._tools is not None, "follow builds them first"  # noqa: S101
-        return await self._tools.embedder.embed([each.text for each in routes.labelled])
+        log.info("routes_learned", routes=len(routes.routes), examples=len(routes.labelled))
 
 
 def _check_policy(fleet: Fleet, routes: Routes) -> None:

@@ -26,10 +26,8 @@ from capibara_flow.runtime.understanding import Tools, Understanding
 from capibara_flow.runtime.watching import Watched
 from capibara_flow.settings import ROUTES, Settings, read_fleet, read_routes
 from capibara_flow.wiring.streams import connected, expert_consumers, layout, tuned
+from topics.flow import VARIANTS
 from topics.streams import Consumer, every_stream, router_consumer, subject_token, undertaker_consumer
-
-#: Workers that are another one with other needs: an expert host is a caller of engines that it starts itself.
-KINDS = {"host": "caller"}
 
 Needs = dict[str, Any]
 OnChange = Callable[[Fleet], Awaitable[object] | object]
@@ -38,7 +36,7 @@ Serve = Callable[[Mapping[Consumer, int]], Awaitable[None]]
 
 def kind(name: str) -> str:
     """The worker of the map that *name* is: its module, and its role at the broker."""
-    return KINDS.get(name, name)
+    return VARIANTS.get(name, name)
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from capibara_flow.engines import scripted
 from capibara_flow.engines.script import load_script
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.output import stored
-from tests.conftest import SCRIPT, Installation, settings_for
+from tests.conftest import SCRIPT, Installation, installed, settings_for
 from tests.edge.client import Event, ask, text_of
 from tests.waiting import until
 from topics.chat import ExpertCalled
@@ -75,15 +75,8 @@ def fleet_file(tmp_path: Path, engines: list[tuple[Engine, str]]) -> Path:
 
 @pytest.fixture
 async def installation(broker: EmbeddedBroker, fleet_file: Path) -> AsyncIterator[Installation]:
-    settings = settings_for(broker, fleet_file)
-    await wiring.apply_streams(settings)
-    running = Installation(settings, "")
-    try:
-        for name in ("router", "caller", "undertaker"):
-            await running.start_worker(name)
+    async with installed(settings_for(broker, fleet_file), "") as running:
         yield running
-    finally:
-        await running.aclose()
 
 
 def routed(stream: list[Event]) -> dict[str, Any]:
@@ -216,12 +209,7 @@ async def test_an_expert_that_is_launched_is_loaded_when_it_is_asked_for(broker:
         'launch = { engine = "xllamacpp", memory_mib = 400, load_seconds = 3 }\n',
         encoding="utf-8",
     )
-    settings = settings_for(broker, file)
-    await wiring.apply_streams(settings)
-    running = Installation(settings, "")
-    try:
-        for name in ("router", "host", "undertaker"):
-            await running.start_worker(name)
+    async with installed(settings_for(broker, file), "", "router", "host", "undertaker") as running:
         url = await running.start_edge()
         stream = await ask(url, message="Say hello.")
         names = [event.name for event in stream]
@@ -230,6 +218,4 @@ async def test_an_expert_that_is_launched_is_loaded_when_it_is_asked_for(broker:
         assert stream[-1].name == "done"
         assert "loading" not in [event.name for event in await ask(url, message="Say hello again.")]
         pid = await until(lambda: launched(url))
-    finally:
-        await running.aclose()
     await until(lambda: not psutil.pid_exists(pid))

@@ -11,7 +11,7 @@ from aiohttp import ClientResponse, ClientSession
 from capibara_flow import wiring
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.settings import EdgeSettings
-from tests.conftest import Installation, settings_for
+from tests.conftest import Installation, installed, settings_for
 from tests.edge.client import Event, arriving, ask, text_of
 from tests.waiting import until
 
@@ -37,14 +37,8 @@ def fleet_file(engine: str, tmp_path: Path) -> Path:
 async def installation(broker: EmbeddedBroker, fleet_file: Path, engine: str) -> AsyncIterator[Installation]:
     """Doors that miss a reader soon."""
     settings = settings_for(broker, fleet_file, edge=EdgeSettings(abandon_seconds=1))
-    await wiring.apply_streams(settings)
-    running = Installation(settings, engine)
-    try:
-        for name in ("router", "caller", "undertaker"):
-            await running.start_worker(name)
+    async with installed(settings, engine) as running:
         yield running
-    finally:
-        await running.aclose()
 
 
 async def counts(engine: str) -> dict[str, int]:

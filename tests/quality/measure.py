@@ -55,7 +55,7 @@ async def _answered(path: Path, name: str, routes: Path | None) -> Answered:
     questions = read_questions(path, known)
     embedder = build_embedder(name)
     try:
-        semantics, scale = await learn(known, known if known.tells_complexity else read_routes(), embedder)
+        semantics, scale = await learn(known, embedder)
         return Answered(questions, tuple(await answer(questions, semantics, scale, embedder)))
     finally:
         await embedder.aclose()

@@ -24,7 +24,7 @@ from capibara_flow.runtime.keys import Keys
 from capibara_flow.runtime.output import last_message
 from capibara_flow.settings import FleetSettings
 from tests.cluster import Cluster
-from tests.conftest import Installation
+from tests.conftest import Installation, installed
 from tests.edge.client import Event, arriving, names, place, text_of
 from tests.waiting import until
 from topics.streams import KEYS, READERS, reader_key
@@ -51,14 +51,10 @@ async def installation(cluster: Cluster, tmp_path: Path) -> AsyncIterator[Instal
         f'[[experts]]\nname = "scripted"\nurls = ["{engine}/v1"]\nscripted = true\nconcurrency = {4 * TURNS}\n', encoding="utf-8"
     )
     settings = cluster.settings.model_copy(update={"fleet": FleetSettings(file=fleet)})
-    await wiring.apply_streams(settings)
-    running = Installation(settings, engine)
     try:
-        await running.start_worker("router")
-        await running.start_worker("caller")
-        yield running
+        async with installed(settings, engine, "router", "caller") as running:
+            yield running
     finally:
-        await running.aclose()
         await runner.cleanup()
 
 

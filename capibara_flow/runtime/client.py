@@ -6,6 +6,7 @@ and sends messages whose headers were encoded once. Some private parts of nats-p
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -61,12 +62,24 @@ async def closed(client: Client) -> None:
 
 
 class TokenClient(Client):
-    """``nats.aio.client.Client`` with ``listen`` and ``send``."""
+    """``nats.aio.client.Client`` with ``listen`` and ``send``.
+
+    *returned* is the loop's time at which the connection last came back after an outage.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.returned = -math.inf
         self._ears: dict[int, Hear] = {}
         self._loop = asyncio.get_running_loop()
+
+    async def connect(self, *servers: Any, **options: Any) -> None:
+        """As nats-py's."""
+
+        async def returned() -> None:
+            self.returned = self._loop.time()
+
+        await super().connect(*servers, **{"reconnected_cb": returned, **options})
 
     async def listen(self, subject: str, hear: Hear) -> Subscription:
         """Subscribe to *subject*; end it with ``deafen``."""

@@ -30,8 +30,6 @@ class Absences:
         self._jetstream = client.jetstream()
         self._layout = layout
         consumer = absence_consumer()
-        self._reconnects = 0
-        self._believed = 0.0
         self._pump = Pump(client, READERS, consumer.durable, permits=_PERMITS, handle=self._look, ensure=self._ensure)
 
     async def start(self) -> None:
@@ -63,11 +61,7 @@ class Absences:
 
     async def _doors_are_back(self) -> None:
         """A lease may have run out only because nobody could renew it: wait until everybody has had the time to."""
-        now = asyncio.get_running_loop().time
-        if self._client.stats["reconnects"] != self._reconnects:
-            self._reconnects = self._client.stats["reconnects"]
-            self._believed = now() + _RETURN
-        await asyncio.sleep(max(0.0, self._believed - now()))
+        await asyncio.sleep(max(0.0, self._client.returned + _RETURN - asyncio.get_running_loop().time()))
 
     async def _abandoned(self, turn: str, sequence: int) -> None:
         await self._doors_are_back()

@@ -16,8 +16,6 @@ from tests.chaos.report import Row, limit_of
 
 #: Seconds in which the last runs may come to their end after the last turn, and in which a cancelled one must.
 REST_SECONDS, ABORT_SECONDS = 1.5, 1.0
-#: Seconds beyond the time that a turn may be left alone, for whoever has to notice it.
-NOTICE_SECONDS = 2.0
 
 
 class Chaos:
@@ -58,7 +56,7 @@ class Chaos:
     def _rest(self, stories: Sequence[Story]) -> float:
         """How long from now engines may still be at work."""
         left = [story.stopped for story in stories if story.ask.deed == "leave" and story.stopped]
-        return max([REST_SECONDS, *(each + self._pattern.abandon + NOTICE_SECONDS - time.time() for each in left)])
+        return max([REST_SECONDS, *(each + self._pattern.abandon + self._pattern.notice - time.time() for each in left)])
 
 
 def judged(fault: str, story: Story, runs: Sequence[Run], pattern: Pattern) -> Row:

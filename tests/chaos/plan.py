@@ -16,13 +16,14 @@ class Pattern:
     """How a run of chaos goes: times in seconds, *turns* in all, at most *at_once* of them together.
 
     Answers last from *shortest* to *longest* at one word every *pace*; *ack_wait*, *abandon* and *graceful* are settings of the
-    processes; a fault hits within *window* after the first turn began.
+    processes; a fault hits within *window* after the first turn began. *notice* is how long a run may go on beyond *abandon*.
     """
 
     turns: int = 60
     seed: int = 0
     ack_wait: float = 2.0
     abandon: float = 4.0
+    notice: float = 2.0
     graceful: float = 1.0
     pace: float = 0.025
     shortest: float = 2.0

@@ -12,8 +12,8 @@ from tests.chaos.phases import Chaos
 from tests.chaos.plan import Pattern
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-#: Short answers, and little patience with whoever is silent or away.
-PATTERN = Pattern(seed=20261121, ack_wait=1, abandon=2, graceful=0.3, shortest=1.0, longest=2.0, window=(0.3, 0.9))
+#: Short answers, and little patience with whoever is silent or away; an answer that nobody stops goes on for 12 s, beyond any *notice*.
+PATTERN = Pattern(seed=20261121, ack_wait=1, abandon=2, notice=7, graceful=0.3, shortest=1.0, longest=2.0, window=(0.3, 0.9))
 
 
 async def test_answers_survive_whatever_happens_to_a_process(tmp_path: Path) -> None:

@@ -50,7 +50,9 @@ async def installation(cluster: Cluster, tmp_path: Path) -> AsyncIterator[Instal
     fleet.write_text(
         f'[[experts]]\nname = "scripted"\nurls = ["{engine}/v1"]\nscripted = true\nconcurrency = {4 * TURNS}\n', encoding="utf-8"
     )
-    settings = cluster.settings.model_copy(update={"fleet": FleetSettings(file=fleet)})
+    # On a busy machine a node may hang for minutes, and what is at work is delivered every five seconds: none of them is a death.
+    patient = cluster.settings.worker.model_copy(update={"max_deliver": 100})
+    settings = cluster.settings.model_copy(update={"fleet": FleetSettings(file=fleet), "worker": patient})
     try:
         async with installed(settings, engine, "router", "caller") as running:
             yield running

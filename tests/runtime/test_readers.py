@@ -2,8 +2,10 @@
 
 from collections.abc import Awaitable, Callable
 
+import pytest
 from nats.aio.msg import Msg
 
+from capibara_flow.runtime import readers
 from capibara_flow.runtime.output import last_message
 from capibara_flow.runtime.readers import Absences
 from tests.runtime.rig import Rig, flushed, line
@@ -36,6 +38,23 @@ async def test_a_reader_that_comes_back_while_we_hear_of_his_absence_is_no_absen
     await until(settled)
     await absences.stop()
     assert await rig.waiting("CF_CTL") == 0
+
+
+async def test_an_outage_that_is_long_over_delays_no_end(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_RETURN", 1000.0)
+    edge, client = await rig.client("edge"), await rig.client("undertaker")
+    absences = Absences(client, Layout())
+    await absences.start()
+    await client.force_reconnect()
+    await until(lambda: client.returned > 0)
+    client.returned -= 1000.0
+    await edge.publish(reader_key("T1"), b"", headers={"Nats-TTL": "1s"})
+
+    async def cancelled() -> bool:
+        return await rig.waiting("CF_CTL") > 0
+
+    await until(cancelled)
+    await absences.stop()
 
 
 async def test_a_turn_whose_time_is_up_is_ended_as_one(rig: Rig) -> None:

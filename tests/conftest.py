@@ -19,7 +19,7 @@ from capibara_flow import wiring
 from capibara_flow.edge.app import build
 from capibara_flow.engines import scripted
 from capibara_flow.engines.script import load_script
-from capibara_flow.runtime import connection
+from capibara_flow.runtime import brokers
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.settings import FleetSettings, NatsSettings, Settings
 
@@ -65,7 +65,7 @@ class Installation:
     async def start_worker(self, name: str) -> AsyncExitStack:
         """Start one more worker; close what is returned to stop it in order."""
         stack = AsyncExitStack()
-        broker = connection.broker(self.settings, wiring.kind(name))
+        broker = brokers.broker(self.settings, wiring.kind(name))
         needs = await stack.enter_async_context(wiring.worker_needs(name, self.settings))
         await import_module(f"workers.{wiring.kind(name)}").build(broker, **needs).start()
         stack.push_async_callback(broker.stop)

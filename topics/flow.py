@@ -49,6 +49,11 @@ def hop(worker: str) -> Hop:
     return {each.worker: each for each in FLOW}[worker]
 
 
+def kind(name: str) -> str:
+    """The worker of the map that *name* is: its module, and its role at the broker."""
+    return VARIANTS.get(name, name)
+
+
 def mermaid(flow: tuple[Hop, ...] = FLOW) -> str:
     """The flow as a Mermaid diagram: commands are arrows between workers, output and facts are grouped by worker."""
     consumer = {message: each.worker for each in flow for message in (each.consumes, *each.serves)}

@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 #: The headers that every message carries beside its body: who asked, until when, and the trace it belongs to.
 TENANT, PRINCIPAL, DEADLINE, TRACE = "Cf-Tenant", "Cf-Principal", "Cf-Deadline", "traceparent"
+#: And those of a turn that was forked from another one: that turn's id.
+ORIGIN = "Cf-Origin"
 
 
 class Part(BaseModel):

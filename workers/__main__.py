@@ -11,7 +11,7 @@ from prometheus_client import start_http_server
 
 from capibara_flow import telemetry, wiring
 from capibara_flow.errors import CapibaraError
-from capibara_flow.runtime import connection
+from capibara_flow.runtime import brokers
 from capibara_flow.settings import Settings, SettingsError, load
 from topics.flow import NAMES
 
@@ -39,7 +39,7 @@ async def run(names: tuple[str, ...], settings: Settings) -> None:
 
 async def _start(names: tuple[str, ...], settings: Settings, stack: AsyncExitStack) -> None:
     for name in names:
-        broker = connection.broker(settings, wiring.kind(name))
+        broker = brokers.broker(settings, wiring.kind(name))
         needs = await stack.enter_async_context(wiring.worker_needs(name, settings))
         await import_module(f"workers.{wiring.kind(name)}").build(broker, **needs).start()
         # Leaving in reverse order: first the hands come to rest, then what they need is closed.

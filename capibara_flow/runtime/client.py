@@ -27,12 +27,18 @@ def encoded(headers: Mapping[str, str]) -> bytes:
 
 
 def header(raw: bytes, name: bytes) -> bytes:
-    """The value of the header *name* in *raw*, empty when it is not there."""
-    start = raw.find(b"\r\n" + name + b": ")
+    """The value of the header *name* in *raw*, empty when it is not there; where it stands twice, what the broker added last."""
+    start = raw.rfind(b"\r\n" + name + b": ")
     if start < 0:
         return b""
     start += len(name) + 4
     return raw[start : raw.index(b"\r\n", start)]
+
+
+def fields(raw: bytes) -> dict[str, str]:
+    """All headers in *raw*; as ``header`` finds them."""
+    pairs = (line.partition(": ") for line in raw.decode(errors="replace").split("\r\n")[1:] if line)
+    return {name: value for name, _, value in pairs}
 
 
 def status(raw: bytes) -> bytes:

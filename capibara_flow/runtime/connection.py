@@ -2,15 +2,10 @@
 
 import asyncio
 import time
-from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
-from faststream.nats import NatsBroker
-from faststream.security import SASLPlaintext
-from nats.errors import ConnectionClosedError, ConnectionReconnectingError
-
-from capibara_flow.runtime.client import TokenClient, closed
+from capibara_flow.runtime.client import TokenClient
 from capibara_flow.settings import Settings, SettingsError
 from capibara_flow.telemetry import log
 
@@ -87,34 +82,3 @@ async def connect(settings: Settings, role: str) -> TokenClient:
         raise SettingsError(f"the broker refuses the password of {role}: set CAPIBARA_NATS__PASSWORDS__{role.upper()}")
     await connecting
     return client
-
-
-class _Broker(NatsBroker):
-    """FastStream's, but it ends in order also while it looks for a server: there is nobody to take leave of."""
-
-    async def stop(
-        self,
-        exc_type: type[BaseException] | None = None,
-        exc_val: BaseException | None = None,
-        exc_tb: TracebackType | None = None,
-    ) -> None:
-        try:
-            await super().stop(exc_type, exc_val, exc_tb)
-        except (ConnectionReconnectingError, ConnectionClosedError):
-            if self._connection is not None:
-                await closed(self._connection)
-                self._connection = None
-            self.config.disconnect()
-
-
-def broker(settings: Settings, role: str) -> NatsBroker:
-    """A FastStream broker, not yet connected: for work messages."""
-    wanted = options(settings, role)
-    own = {name: wanted.pop(name) for name in ("user", "password") if name in wanted}
-    return _Broker(
-        settings.nats.url.split(","),
-        security=SASLPlaintext(own["user"], own["password"]) if own else None,
-        logger=None,
-        graceful_timeout=settings.worker.graceful_seconds,
-        **wanted,
-    )

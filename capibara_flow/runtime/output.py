@@ -54,7 +54,7 @@ def fits(client: Client, body: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One message as its stream has it; *subject* and raw *headers* only where one alone was asked for."""
+    """One message as its stream has it, with its raw *headers*; the *subject* only where one alone was asked for, else it is in those."""
 
     sequence: int
     data: bytes
@@ -117,7 +117,7 @@ async def batch(client: TokenClient, stream: str, asked: dict[str, Any]) -> list
         if code := status(headers):
             _end(ended, code.decode(), description(headers))
         else:
-            found.append(Stored(int(header(headers, b"Nats-Sequence")), data))
+            found.append(Stored(int(header(headers, b"Nats-Sequence")), data, headers=headers))
 
     inbox = client.new_inbox()
     subscription = await client.listen(inbox, receive)

@@ -6,9 +6,9 @@ from contextvars import ContextVar
 
 from nats.aio.msg import Msg
 
-from topics.message import DEADLINE, PRINCIPAL, TENANT, TRACE
+from topics.message import DEADLINE, ORIGIN, PRINCIPAL, TENANT, TRACE
 
-_CARRIED = (TENANT, PRINCIPAL, DEADLINE, TRACE)
+_CARRIED = (TENANT, PRINCIPAL, DEADLINE, TRACE, ORIGIN)
 _work: ContextVar[Msg] = ContextVar("work")
 _tries: ContextVar[int] = ContextVar("tries", default=0)
 _trouble: ContextVar[str] = ContextVar("trouble", default="")

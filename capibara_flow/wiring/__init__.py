@@ -1,7 +1,8 @@
 """Settings become engines, connections, workers' needs and the door: the only place that names concrete engines."""
 
 import gc
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Any
 
 import uvloop
 
@@ -11,8 +12,9 @@ from capibara_flow.edge.app import Door, serve
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.turns import NatsTurns
 from capibara_flow.settings import Settings
+from capibara_flow.wiring.fleets import is_hosted, watched_fleet
 from capibara_flow.wiring.streams import apply_streams, connected, consumers, expert_consumers, layout, show_streams
-from capibara_flow.wiring.workers import is_hosted, kind, watched_fleet, worker_needs
+from topics.flow import kind
 
 __all__ = [
     "apply_streams",
@@ -28,6 +30,13 @@ __all__ = [
     "show_streams",
     "worker_needs",
 ]
+
+
+def worker_needs(name: str, settings: Settings) -> AbstractAsyncContextManager[dict[str, Any]]:
+    """What the worker *name* is built with; whatever it opens is closed at the end."""
+    from capibara_flow.wiring.workers import worker_needs as needs  # noqa: PLC0415  loads every engine, and the door needs none
+
+    return needs(name, settings)
 
 
 async def _edge(settings: Settings) -> None:

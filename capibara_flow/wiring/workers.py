@@ -24,19 +24,14 @@ from capibara_flow.runtime.recalling import Recall
 from capibara_flow.runtime.reports import Reporter, reports_or_none, this_process
 from capibara_flow.runtime.understanding import Tools, Understanding
 from capibara_flow.runtime.watching import Watched
-from capibara_flow.settings import ROUTES, Settings, read_fleet, read_routes
+from capibara_flow.settings import ROUTES, Settings, read_routes
+from capibara_flow.wiring.fleets import is_hosted, watched_fleet
 from capibara_flow.wiring.streams import connected, expert_consumers, layout, tuned
-from topics.flow import VARIANTS
+from topics.flow import kind
 from topics.streams import Consumer, every_stream, router_consumer, subject_token, undertaker_consumer
 
 Needs = dict[str, Any]
-OnChange = Callable[[Fleet], Awaitable[object] | object]
 Serve = Callable[[Mapping[Consumer, int]], Awaitable[None]]
-
-
-def kind(name: str) -> str:
-    """The worker of the map that *name* is: its module, and its role at the broker."""
-    return VARIANTS.get(name, name)
 
 
 @asynccontextmanager
@@ -165,19 +160,6 @@ class Serving:
         self._taken = taken
         if self._serve:
             await self._serve(taken)
-
-
-def is_hosted(expert: Expert) -> bool:
-    """Whether an expert host starts *expert*: who has addresses is started by somebody else."""
-    return expert.launch is not None and not expert.urls
-
-
-async def watched_fleet(settings: Settings, stack: AsyncExitStack, on_change: OnChange) -> Watched[Fleet]:
-    """The fleet of *settings*, read again whenever its file changes; *on_change* gets the new one, and may refuse it."""
-    watched = Watched(settings.fleet_file, read_fleet, on_change)
-    watched.start()
-    stack.push_async_callback(watched.stop)
-    return watched
 
 
 def _found(expert: Expert, folder: Path) -> Expert:

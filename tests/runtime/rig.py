@@ -11,7 +11,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
 
-from capibara_flow.runtime import connection, provision
+from capibara_flow.runtime import brokers, connection, provision
 from capibara_flow.runtime.answers import FencedAnswers
 from capibara_flow.runtime.client import Hear, TokenClient
 from capibara_flow.runtime.embedded import EmbeddedBroker
@@ -118,7 +118,7 @@ class Rig:
         gate: Gate | None = None,
     ) -> AsyncIterator[Stage]:
         """A router whose handler *build* makes, for the length of a block; leaving it stops it in order."""
-        broker = connection.broker(self.settings, "router")
+        broker = brokers.broker(self.settings, "router")
         hub = await self.answers(await self.client("router"))
         stage = Stage(broker, hop("router"), hub, layout=layout, retry_seconds=retry_seconds, patience_seconds=patience_seconds)
         consumer = replace(router_consumer(), ack_wait=ack_wait, max_deliver=max_deliver)

@@ -18,7 +18,7 @@ from capibara_flow.domain.turns import turn_id
 from capibara_flow.engines import scripted
 from capibara_flow.engines.script import Answer, Script
 from capibara_flow.errors import BrokerUnavailable
-from capibara_flow.runtime import connection
+from capibara_flow.runtime import brokers
 from capibara_flow.runtime.client import header
 from capibara_flow.runtime.keys import Keys
 from capibara_flow.runtime.output import last_message
@@ -197,7 +197,7 @@ async def test_whoever_was_told_of_one_node_only_goes_on_with_the_others(cluster
     first = cluster.nodes[0]
     alone = cluster.settings.model_copy(update={"nats": cluster.settings.nats.model_copy(update={"url": first.url})})
     async with wiring.connected(alone, "observer") as client, AsyncExitStack() as stack:
-        broker = connection.broker(alone, "router")
+        broker = brokers.broker(alone, "router")
         await broker.connect()
         stack.push_async_callback(broker.stop)
         first.kill()

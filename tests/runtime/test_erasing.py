@@ -9,7 +9,7 @@ import pytest
 
 from capibara_flow.errors import BadRequest, BrokerUnavailable, LeaseLost, TurnUnknown
 from capibara_flow.ports import Batch, Feed
-from capibara_flow.runtime import connection, erasing
+from capibara_flow.runtime import brokers, erasing
 from capibara_flow.runtime.erasing import erase
 from capibara_flow.runtime.hops import Stage
 from capibara_flow.runtime.turns import NatsTurns
@@ -238,7 +238,7 @@ async def test_a_broker_that_is_away_is_told(rig: Rig):
 @asynccontextmanager
 async def undertaking(rig: Rig) -> AsyncIterator[None]:
     """An undertaker at work for the length of a block."""
-    broker, client = connection.broker(rig.settings, "undertaker"), await rig.client("undertaker")
+    broker, client = brokers.broker(rig.settings, "undertaker"), await rig.client("undertaker")
     hub = await rig.answers(client)
     undertaker.build(broker, answers=hub, erase=partial(erase, client, streams=STREAMS), consumer=undertaker_consumer(), grace_seconds=0.8)
     await broker.start()

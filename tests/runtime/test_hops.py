@@ -15,7 +15,7 @@ from nats.js.errors import NotFoundError
 from structlog.testing import capture_logs
 
 from capibara_flow.errors import BadRequest, EngineBusy, LeaseLost
-from capibara_flow.runtime import connection
+from capibara_flow.runtime import brokers
 from capibara_flow.runtime.erasing import erase
 from capibara_flow.runtime.hops import Stage
 from capibara_flow.runtime.pump import Pump
@@ -463,7 +463,7 @@ async def test_stopping_lets_work_finish(rig: Rig):
 async def test_the_private_hooks_of_faststream_are_still_there(rig: Rig):
     # Our pump takes the place of FastStream's own loop: when this fails, FastStream changed and `_pump_instead` must follow.
     assert callable(PullStreamSubscriber._create_subscription)
-    broker = connection.broker(rig.settings, "router")
+    broker = brokers.broker(rig.settings, "router")
     stage = Stage(broker, hop("router"), await rig.answers())
 
     async def handle(command: RouteTurn) -> None:
@@ -531,7 +531,7 @@ async def test_a_running_stage_takes_from_others_and_finishes_what_it_had(rig: R
             await held.wait()
         done.append(f"{command.turn} {command.expert}")
 
-    broker = connection.broker(rig.settings, "caller")
+    broker = brokers.broker(rig.settings, "caller")
     stage = Stage(broker, hop("caller"), await rig.answers(), retry_seconds=0)
     stage.takes(first, permits=1)(call)
     await broker.start()

@@ -19,7 +19,7 @@ from capibara_flow.domain.answering import Account
 from capibara_flow.domain.turns import turn_id
 from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineUnreachable
 from capibara_flow.ports import Abilities, Finish, Text, ToolFragment
-from capibara_flow.runtime import connection
+from capibara_flow.runtime import brokers
 from capibara_flow.runtime.cache import AnswerCache
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.output import stored
@@ -105,7 +105,7 @@ async def start(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Start]:
             cache: bool = False,
         ) -> Stand:
             observer = await stack.enter_async_context(wiring.connected(settings, "observer"))
-            nats = connection.broker(settings, "caller")
+            nats = brokers.broker(settings, "caller")
             stand = Stand(settings, await stack.enter_async_context(wiring.connected(settings, "router")), nats.stop)
 
             async def hear(message: Msg) -> None:

@@ -12,7 +12,7 @@ from nats.aio.msg import Msg
 from capibara_flow import wiring
 from capibara_flow.domain.routing import Understood
 from capibara_flow.domain.turns import bucket, turn_id
-from capibara_flow.runtime import connection
+from capibara_flow.runtime import brokers
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.settings import WorkerSettings
 from tests.conftest import settings_for
@@ -81,7 +81,7 @@ async def stand(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Stand]:
 
         await observer.subscribe("cf.>", cb=hear)
         await observer.flush()
-        nats = connection.broker(settings, "router")
+        nats = brokers.broker(settings, "router")
         await nats.connect()
 
         async def understand(request: ChatRequest) -> Understood:

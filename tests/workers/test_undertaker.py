@@ -12,7 +12,7 @@ import pytest
 
 from capibara_flow import wiring
 from capibara_flow.domain.turns import turn_id
-from capibara_flow.runtime import connection
+from capibara_flow.runtime import brokers
 from capibara_flow.runtime.answers import FencedAnswers
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.embedded import EmbeddedBroker
@@ -43,7 +43,7 @@ class Stand:
     async def undertaker(self, **needs: Any) -> AsyncExitStack:
         """One undertaker; close what is returned to stop it."""
         stack = AsyncExitStack()
-        nats = connection.broker(self.settings, "undertaker")
+        nats = brokers.broker(self.settings, "undertaker")
         own = await stack.enter_async_context(wiring.worker_needs("undertaker", self.settings))
         await undertaker.build(nats, **own | needs).start()
         stack.push_async_callback(nats.stop)

@@ -10,7 +10,7 @@ from pathlib import Path
 from capibara_flow import wiring
 from capibara_flow.domain.turns import turn_id
 from capibara_flow.engines.host import ExpertHost
-from capibara_flow.runtime import connection
+from capibara_flow.runtime import brokers
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.settings import WorkerSettings
@@ -40,7 +40,7 @@ async def calling(broker: EmbeddedBroker, folder: Path, host: ExpertHost, rig: R
     settings = settings_for(broker, file, worker=WorkerSettings(retry_seconds=0.1, graceful_seconds=1))
     await wiring.apply_streams(settings)
     async with wiring.connected(settings, "router") as client:
-        nats = connection.broker(settings, "caller")
+        nats = brokers.broker(settings, "caller")
         await nats.connect()
         engines = {name: host.engine(rig.expert(name, words=30, pace=0.02)) for name in ("one", "two")}
         consumers = wiring.expert_consumers(settings)

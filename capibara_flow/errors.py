@@ -9,6 +9,7 @@ Two questions decide every error's name: may we try again, and who must know?
       - EngineBroke       the stream ended without a finish reason, or stalled
     - LeaseLost           somebody else writes this answer now
     - BrokerUnavailable   the broker did not acknowledge in time
+    - StoreUnavailable    a store of passages, entities or documents cannot be reached
   x Terminal              the turn ends with a ``Failed`` that the client sees
     - BadRequest          the engine or a stage refuses this request for what it is
     - UnknownExpert       nobody of that name serves here
@@ -20,6 +21,8 @@ Two questions decide every error's name: may we try again, and who must know?
     - EngineRefusesUs     the engine does not take the key that we are configured with
     - QueueFull           the queue takes no more now
     - Unauthorized        no key, or one that nobody has
+    - EmbedderMismatch    what is kept was embedded by another model
+    - DocumentRefused     a document that cannot be read, or is not worth keeping
     - CannotStart         something that should run on this machine cannot
 """
 
@@ -74,6 +77,10 @@ class BrokerUnavailable(Transient):
     """The broker did not acknowledge in time."""
 
 
+class StoreUnavailable(Transient):
+    """A store of passages, entities or documents cannot be reached."""
+
+
 class Terminal(CapibaraError):
     """Trying again cannot help."""
 
@@ -124,6 +131,18 @@ class EngineRefusesUs(Terminal):
     """The engine does not take the key that we are configured with: no fault of the client."""
 
     status = 502
+
+
+class EmbedderMismatch(Terminal):
+    """What is kept was embedded by another model, whose vectors cannot be compared."""
+
+    status = 409
+
+
+class DocumentRefused(Terminal):
+    """A document that cannot be read, or in which there is nothing to find."""
+
+    status = 422
 
 
 class QueueFull(Terminal):

@@ -1,11 +1,12 @@
 """The sockets that engines and the broker plug into."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from topics.chat import ChatRequest, Decision, RouteTurn
+from topics.knowledge import Document, Hit, Mention, Passage, Scope
 from topics.output import Output
 from topics.streams import Consumer
 
@@ -126,6 +127,124 @@ class Embedder(Protocol):
 
     async def aclose(self) -> None:
         """Let its memory and threads go."""
+        ...
+
+
+# --- knowledge -----------------------------------------------------------------------------------------------
+
+
+class PassageStore(Protocol):
+    """Passages with their vectors: dense ones of one model, and sparse ones of weighted terms.
+
+    All of it raises ``StoreUnavailable`` while the store cannot be reached.
+    """
+
+    async def prepare(self, model: str, dimension: int) -> None:
+        """Have what is needed for vectors of *model*; raises ``EmbedderMismatch`` when those of another one are kept."""
+        ...
+
+    async def put(self, scope: Scope, passages: Sequence[Passage], dense: "Vectors", sparse: Sequence[Mapping[int, float]]) -> None:
+        """Keep *passages*, each with its row of *dense* and its *sparse* weights by term; the same id again replaces what was there."""
+        ...
+
+    async def delete(self, scope: Scope, document: str) -> None:
+        """Keep no passage of *document* any more; it need not exist."""
+        ...
+
+    async def nearest(self, scope: Scope, vector: "Vectors", limit: int) -> list[Hit]:
+        """The passages most alike *vector* (one row), by cosine, the best first."""
+        ...
+
+    async def matching(self, scope: Scope, terms: Mapping[int, float], limit: int) -> list[Hit]:
+        """The passages with the greatest product with the sparse *terms*, the best first."""
+        ...
+
+    async def fetch(self, scope: Scope, ids: Sequence[str]) -> dict[str, Passage]:
+        """The passages with these *ids*, as far as they are there."""
+        ...
+
+    async def documents(self, scope: Scope) -> dict[str, int]:
+        """How many passages each document has."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let its connections go."""
+        ...
+
+
+class GraphStore(Protocol):
+    """Which passages mention which entities. Raises ``StoreUnavailable`` while the store cannot be reached."""
+
+    async def put(self, scope: Scope, document: str, mentions: Sequence[Mention]) -> None:
+        """Keep *mentions* as all that the passages of *document* mention, in place of what was kept of it."""
+        ...
+
+    async def delete(self, scope: Scope, document: str) -> None:
+        """Keep nothing of *document*; entities that nobody mentions go as well."""
+        ...
+
+    async def degrees(self, scope: Scope, entities: Sequence[str]) -> dict[str, int]:
+        """How many passages mention each of *entities*; those that nobody mentions are left out."""
+        ...
+
+    async def mentioning(self, scope: Scope, entities: Sequence[str], limit: int) -> list[Mention]:
+        """Who mentions *entities*: at most *limit* mentions of each, those that are about it first."""
+        ...
+
+    async def mentioned(self, scope: Scope, passages: Sequence[str]) -> list[Mention]:
+        """What *passages* mention."""
+        ...
+
+    async def documents(self, scope: Scope) -> dict[str, int]:
+        """How many passages of each document mention something."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let its connections go."""
+        ...
+
+
+class Documents(Protocol):
+    """The list of documents: what is in it and ready can be found. Raises ``StoreUnavailable`` while the store cannot be reached."""
+
+    async def begin(self, document: Document) -> Document | None:
+        """Note that *document* is being taken in; the one that was ready under this id before, if there is one."""
+        ...
+
+    async def ready(self, document: Document) -> None:
+        """*document*, with its number of passages, is in all stores."""
+        ...
+
+    async def leaving(self, scope: Scope, id: str) -> Document | None:
+        """Note that a document is being removed; it, if it is there."""
+        ...
+
+    async def gone(self, scope: Scope, id: str) -> None:
+        """A document is in no store any more."""
+        ...
+
+    async def find(self, scope: Scope, id: str) -> Document | None:
+        """A document that is ready."""
+        ...
+
+    async def same(self, scope: Scope, digest: str) -> Document | None:
+        """A document that is ready and has the content with this *digest*."""
+        ...
+
+    async def listed(self, scope: Scope, limit: int, after: str = "") -> list[Document]:
+        """Documents that are ready, by id, at most *limit* behind *after*."""
+        ...
+
+    async def unfinished(self) -> list[Document]:
+        """Documents that were begun or are leaving, and did not come to an end."""
+        ...
+
+    async def scopes(self) -> list[Scope]:
+        """Every scope that has a document."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let its connections go."""
         ...
 
 

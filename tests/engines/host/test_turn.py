@@ -29,7 +29,7 @@ FLEET = "".join(f'[[experts]]\nname = "{name}"\nweights = "none.gguf"\nlaunch = 
 
 def command(turn: str, expert: str) -> CallExpert:
     request = ChatRequest.model_validate({"messages": [{"role": "user", "content": "hello"}], "model": expert})
-    return CallExpert(turn=turn, expert=expert, bucket=1, request=request)
+    return CallExpert(turn=turn, expert=expert, bucket=0, request=request)
 
 
 @asynccontextmanager

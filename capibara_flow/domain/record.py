@@ -1,34 +1,20 @@
 """A turn as it was kept: every message of it, in order, and what they tell. Pure: whoever reads them from the broker hands them in."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Generic, TypeVar
 
 from pydantic import ValidationError
 
+from capibara_flow.ports import Entry
 from topics.chat import CallExpert, ExpertCalled, RouteTurn, TurnFailed, TurnRouted
 from topics.message import ORIGIN, PRINCIPAL, TENANT, Command, Message
 from topics.output import Done, Failed, Output, known
 
+__all__ = ["Entry", "Record", "Told"]
+
 Kind = TypeVar("Kind", bound=Message)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One stored message: where it is kept, *when* it was stored (seconds since the epoch), and all of it."""
-
-    stream: str
-    sequence: int
-    when: float
-    subject: str
-    headers: Mapping[str, str]
-    data: bytes
-
-    @property
-    def turn(self) -> str:
-        """Whose message it is."""
-        return self.subject.split(".")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +31,7 @@ class Record:
 
     turn: str
     entries: tuple[Entry, ...]
+    _said: dict[str, list[tuple[Entry, Output]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def of(self, kind: type[Kind]) -> list[Told[Kind]]:
         """Every message of *kind*, a command as it was republished to the log; what this version cannot read is left out."""
@@ -64,10 +51,10 @@ class Record:
 
     def said(self, name: str = "main") -> Iterator[tuple[Entry, Output]]:
         """Every event of the branch called *name*, each with the batch that brought it."""
-        for entry in self.branch(name):
-            for line in entry.data.split(b"\n"):
-                if (output := known(line)) is not None:
-                    yield entry, output
+        if name not in self._said:  # to read it once is enough
+            lines = ((entry, known(line)) for entry in self.branch(name) for line in entry.data.split(b"\n"))
+            self._said[name] = [(entry, output) for entry, output in lines if output is not None]
+        return iter(self._said[name])
 
     @cached_property
     def asked(self) -> RouteTurn | None:

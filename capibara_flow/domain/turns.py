@@ -1,11 +1,15 @@
 """Turn ids: sortable by time, unguessable, and able to tell whose they are without a database."""
 
 import hashlib
+from collections.abc import Iterable
+
+from topics.chat import BUCKETS
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _TIME, _CHANCE, _OWNER = 10, 16, 6
 LENGTH = _TIME + _CHANCE + _OWNER
-BUCKETS = 16
+#: The tenant of all who ask without a name.
+ANONYMOUS = "anonymous"
 
 
 def _encode(number: int, width: int) -> str:
@@ -42,5 +46,13 @@ def created(turn: str) -> float:
 
 
 def bucket(tenant: str) -> int:
-    """Which of the queue's lanes *tenant* waits in."""
-    return hashlib.sha256(b"bucket:" + tenant.encode()).digest()[0] % BUCKETS
+    """Which of the buckets *tenant* waits in where nobody gave him one of his own: 0 is for who has no name."""
+    if tenant in {"", ANONYMOUS}:
+        return 0
+    return 1 + int.from_bytes(hashlib.sha256(b"bucket:" + tenant.encode()).digest()[:4], "big") % (BUCKETS - 1)
+
+
+def own_buckets(tenants: Iterable[str]) -> dict[str, int]:
+    """A bucket of its own for each of *tenants*, as far as there are enough for all; else none: a hash serves strangers as well."""
+    named = sorted(set(tenants) - {"", ANONYMOUS})
+    return {tenant: number for number, tenant in enumerate(named, 1)} if len(named) < BUCKETS else {}

@@ -16,6 +16,7 @@ from capibara_flow.errors import BrokerUnavailable, LeaseLost, TooLarge
 from capibara_flow.runtime.client import TokenClient, status
 from capibara_flow.runtime.lease import WRONG_SEQUENCE, Lease
 from capibara_flow.runtime.output import ended, everything, fits, last_message
+from capibara_flow.runtime.work import attempts
 from capibara_flow.telemetry import log
 from topics.output import Output, known
 from topics.streams import erased_mark
@@ -38,13 +39,13 @@ class FencedAnswer:
         self._hub = hub
         self._token, self._reply = hub.expect(self)
         self._subject = f"cf.out.{turn}.data.{branch}"
-        self._lease = Lease(hub.client, f"cf.out.{turn}.lease.{branch}", f"{hub.owner} {self._reply}")
+        self._lease = Lease(hub.client, _lease(turn, branch), f"{hub.owner} {self._reply} {attempts()}")
         self._stored = 0
         self._lines: list[bytes] = []
         self._flying: bytes | None = None
         self._since = self._first_sent = 0.0
         self._error: Exception | None = None
-        self._moved = asyncio.Event()
+        self._moved: asyncio.Event | None = None  # while somebody waits; most answers are never waited for
         self._closed = False
 
     async def take(self) -> None:
@@ -130,11 +131,13 @@ class FencedAnswer:
         self._flying = None
         if self._lines:
             self._send()
-        self._moved.set()
+        if self._moved:
+            self._moved.set()
 
     def _fail(self, error: Exception) -> None:
         self._error, self._flying = error, None
-        self._moved.set()
+        if self._moved:
+            self._moved.set()
 
     @property
     def stuck(self) -> bool:
@@ -169,6 +172,7 @@ class FencedAnswer:
         self._hub.forget(self._token)
 
     async def _wait(self) -> None:
+        self._moved = self._moved or asyncio.Event()
         self._moved.clear()
         await self._moved.wait()
 
@@ -221,6 +225,13 @@ class FencedAnswers:
     async def stopping(self, turn: str) -> bool:
         return await last_message(self.client, f"cf.ctl.{turn}.cancel", stream="CF_CTL") is not None
 
+    async def begun(self, turn: str, branch: str) -> int:
+        last = await last_message(self.client, _lease(turn, branch))
+        if last is None:
+            return 0
+        number = last.data.rsplit(b" ", 1)[-1]
+        return int(number) if number.isdigit() else 1  # of a version that did not count
+
     async def ended(self, turn: str, branch: str) -> bool:
         return bool(await ended(self.client, turn, branch))
 
@@ -270,3 +281,7 @@ class FencedAnswers:
                 await self._look_for_cancel(answer)
         except (NatsError, TimeoutError, BrokerUnavailable) as error:
             log.warning("output_delayed", turn=answer.turn, error=repr(error))
+
+
+def _lease(turn: str, branch: str) -> str:
+    return f"cf.out.{turn}.lease.{branch}"

@@ -63,7 +63,8 @@ def command(letter: Letter, turn: str) -> Command:
     except ValidationError as error:
         raise BadRequest(f"{where} keeps no whole command (a very large one is cut off): {error.errors()[0]['msg']}") from error
     if isinstance(asked, CallExpert):
-        return RouteTurn(turn=turn, request=asked.request)  # from the first step on, for whoever reads it expects that; it names the expert
+        # From the first step on, for whoever reads it expects that; it names the expert.
+        return RouteTurn(turn=turn, request=asked.request, bucket=asked.bucket, priority=asked.priority)
     return asked.model_copy(update={"turn": turn})
 
 

@@ -25,17 +25,19 @@ from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, L
 from capibara_flow.ports import Answers
 from capibara_flow.runtime import work
 from capibara_flow.runtime.gating import Gate
+from capibara_flow.runtime.lanes import Lanes
 from capibara_flow.runtime.lease import WRONG_SEQUENCE, behind
 from capibara_flow.runtime.output import FULL, fits, publish_once
 from capibara_flow.runtime.provision import ensure_consumer, ensure_stream
 from capibara_flow.runtime.pump import Pump
+from capibara_flow.runtime.queues import Ensure, Queues
 from capibara_flow.runtime.settling import Settle
 from capibara_flow.telemetry import log
-from topics.chat import TurnFailed
+from topics.chat import CallExpert, TurnFailed
 from topics.flow import Hop
 from topics.message import Command, Message, Part, Request, Signal
 from topics.output import Output, Waiting
-from topics.streams import Consumer, Layout
+from topics.streams import LANES, Consumer, Layout
 
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[None]])
 
@@ -52,6 +54,8 @@ class Stage:
         answers: Answers,
         *,
         layout: Layout | None = None,
+        lanes: Lanes | None = None,
+        queues: Queues | None = None,
         retry_seconds: float = 2.0,
         patience_seconds: float | None = None,
     ) -> None:
@@ -59,6 +63,7 @@ class Stage:
         self._broker = broker
         self._answers = answers
         self._layout = layout or Layout()
+        self._lanes, self._queues = lanes, queues
         self._retry_seconds = retry_seconds
         self._patience_seconds = patience_seconds
         self._consumers: dict[str, Consumer] = {}
@@ -97,7 +102,9 @@ class Stage:
         )
         self._consumers[consumer.filter] = consumer
         self._taken[consumer.durable, permits] = subscriber
-        _pump_instead(subscriber, consumer, permits, self._layout, self._broker.config.graceful_timeout or 0, gate=gate)
+        _pump_instead(
+            subscriber, consumer, permits, self._ensuring(subscriber), self._broker.config.graceful_timeout or 0, gate, self._queues
+        )
 
         def subscribe(handler: Handler) -> Handler:
             subscriber(self._patient(handler, gate))
@@ -105,10 +112,27 @@ class Stage:
 
         return subscribe
 
+    def _ensuring(self, subscriber: Any) -> Ensure:
+        """Makes, of a consumer that *subscriber* takes from, what creates it where it is missing."""
+
+        def ensuring(consumer: Consumer) -> Callable[[], Awaitable[None]]:
+            self._consumers[consumer.filter] = consumer
+
+            async def ensure() -> None:
+                await ensure_stream(subscriber.jetstream, self._layout.named(consumer.stream))
+                await ensure_consumer(subscriber.jetstream, consumer)
+
+            return ensure
+
+        return ensuring
+
     async def take_only(self, wanted: Mapping[Consumer, int], gate: Callable[[Consumer], Gate | None], handler: Handler) -> None:
         """While running: let *handler* take from *wanted* (permits by consumer) and nothing else; what is at work goes on to its end."""
         keep = {(consumer.durable, permits) for consumer, permits in wanted.items()}
         gone = [self._taken.pop(each) for each in self._taken.keys() - keep]
+        if self._queues:
+            for subscriber in gone:
+                self._queues.leave(subscriber.subscription)
         await asyncio.gather(*(subscriber.subscription.unsubscribe() for subscriber in gone))
         for consumer, permits in wanted.items():
             if (consumer.durable, permits) not in self._taken:
@@ -123,9 +147,10 @@ class Stage:
             until = time.monotonic() + self._patience()
             while True:
                 began = time.monotonic()
-                if work.attempt() > 1 and await self._answers.erased(command.turn):
-                    return None  # somebody who was paused, or slept between two tries, comes back to what shall not be known any more
                 try:
+                    if work.comes_late() and await self._answers.erased(command.turn):
+                        return None  # somebody who was paused, or waited, comes back to what shall not be known any more
+                    await self._count(command)
                     return await handler(command)
                 except LeaseLost:
                     raise
@@ -138,6 +163,14 @@ class Stage:
                     await self._wait(command, error, pause)
 
         return patient
+
+    async def _count(self, command: Message) -> None:
+        """Of a message that comes again, see how often it was really begun with; raises ``CapibaraError`` when that was too often."""
+        consumer = self.consumer_of(work.message())
+        if consumer.held and work.delivered() > 1 and not work.tries():
+            work.begun(await self._answers.begun(command.turn, getattr(command, "branch", "main")))
+            if work.deliveries() > consumer.max_deliver:
+                raise CapibaraError("nobody who tried came to an end")
 
     def _is_for_others(self, gate: Gate | None) -> bool:
         """Whether the message at work should go back: others can do it, and there is a delivery left for them."""
@@ -196,6 +229,8 @@ class Stage:
             # A fact for the log: the turn does not wait for it, and a switched-off log is no fault.
             await self._broker.publish(body, message.subject, headers=headers)
             return
+        if isinstance(message, CallExpert) and self._lanes:
+            await self._lanes.announce(message, work.tenant())
         if isinstance(message, Output) and message.opening:
             headers |= behind(0, f"cf.out.{message.turn}.lease.{message.branch}")  # nobody holds it
         await self._store(message.subject, body, headers)
@@ -234,7 +269,7 @@ class Stage:
     async def restore(self) -> None:
         """Create the streams that every turn needs, should they have disappeared."""
         jetstream = self._broker.config.connection_state.stream
-        for name in ("CF_OUT", "CF_CTL"):
+        for name in ("CF_OUT", "CF_CTL", *((LANES,) if self._lanes else ())):
             await ensure_stream(jetstream, self._layout.named(name))
 
     def consumer_of(self, message: Msg) -> Consumer:
@@ -248,27 +283,32 @@ class Stage:
         return self._retry_seconds
 
 
-def _pump_instead(subscriber: Any, consumer: Consumer, permits: int, layout: Layout, graceful_seconds: float, *, gate: Gate | None) -> None:
-    """Let *subscriber* be fed by a ``Pump``: a private hook of FastStream 0.7, held in place by a test."""
+def _pump_instead(  # noqa: PLR0917  all are needed, once
+    subscriber: Any, consumer: Consumer, permits: int, ensuring: Ensure, graceful_seconds: float, gate: Gate | None, queues: Queues | None
+) -> None:
+    """Let *subscriber* be fed by a ``Pump``: a private hook of FastStream 0.7, held in place by a test.
+
+    With *queues* it takes from all lanes that *consumer* is the first of.
+    """
     stop = subscriber.stop
 
     async def create() -> None:
         if subscriber.subscription is not None:
             return
-        jetstream = subscriber.jetstream
-
-        async def ensure() -> None:
-            await ensure_stream(jetstream, layout.named(consumer.stream))
-            await ensure_consumer(jetstream, consumer)
-
-        what = {"permits": permits, "handle": subscriber.consume, "ensure": ensure, "gate": gate}
+        sharing = queues.sharing(consumer) if queues else None
+        what = {"permits": permits, "handle": subscriber.consume, "ensure": ensuring(consumer), "gate": gate}
+        what |= {"ack_wait": consumer.ack_wait, "sharing": sharing}
         pump = Pump(subscriber.connection, consumer.stream, consumer.durable, **what)
         subscriber.subscription = pump
+        if queues:
+            queues.serve(pump, consumer, ensuring)
         # FastStream drops messages until it calls itself running, which it does right after this returns.
         subscriber.running = True
         await pump.start()
 
     async def stop_pulling_first() -> None:
+        if queues and subscriber.subscription is not None:
+            queues.leave(subscriber.subscription)
         if subscriber.subscription is not None:
             await subscriber.subscription.unsubscribe()
             await subscriber.subscription.finish(graceful_seconds)

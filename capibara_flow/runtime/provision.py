@@ -36,7 +36,7 @@ def stream_config(stream: Stream) -> StreamConfig:
         name=stream.name,
         subjects=list(stream.subjects),
         retention=RetentionPolicy.WORK_QUEUE if work else RetentionPolicy.LIMITS,
-        discard=DiscardPolicy.NEW if work or stream.bucket else DiscardPolicy.OLD,
+        discard=DiscardPolicy.NEW if work or stream.bucket or stream.refuses else DiscardPolicy.OLD,
         storage=StorageType.FILE,
         num_replicas=stream.replicas,
         max_age=stream.max_age,
@@ -64,6 +64,7 @@ def consumer_config(consumer: Consumer) -> ConsumerConfig:
         ack_wait=consumer.ack_wait,
         max_deliver=-1,  # a stage counts, and ends the turn beyond consumer.max_deliver; the broker would only fall silent
         max_ack_pending=consumer.max_ack_pending,
+        inactive_threshold=consumer.idle_seconds or None,
     )
 
 

@@ -16,6 +16,8 @@ from capibara_flow.telemetry import SETTLED, STAGE_SECONDS, log
 from topics.flow import Hop
 from topics.streams import Consumer
 
+_HELD_OFTEN = 10  # deliveries for each attempt, at most: others were held, and given back or lost with who held them
+
 
 class Place(Protocol):
     """What settling needs of a stage."""
@@ -56,7 +58,9 @@ class Settle(BaseMiddleware[Any, Any]):
         self._beat = asyncio.create_task(_heartbeat(self.msg, interval))
 
     async def consume_scope(self, call_next: Callable[[Any], Awaitable[Any]], msg: Any) -> Any:
-        if work.deliveries() > self._stage.consumer_of(self.msg).max_deliver:
+        consumer = self._stage.consumer_of(self.msg)
+        # What may have been held counts its attempts itself, when its turn is known; but it does not come for ever.
+        if work.delivered() > consumer.max_deliver * (_HELD_OFTEN if consumer.held else 1):
             raise CapibaraError("nobody who tried came to an end")
         left = work.seconds_left()
         if left is not None and left <= 0:

@@ -10,6 +10,8 @@ from topics.message import DEADLINE, ORIGIN, PRINCIPAL, TENANT, TRACE
 
 _CARRIED = (TENANT, PRINCIPAL, DEADLINE, TRACE, ORIGIN)
 _work: ContextVar[Msg] = ContextVar("work")
+_begun: ContextVar[int] = ContextVar("begun", default=0)
+_waited: ContextVar[bool] = ContextVar("waited", default=False)
 _tries: ContextVar[int] = ContextVar("tries", default=0)
 _trouble: ContextVar[str] = ContextVar("trouble", default="")
 
@@ -46,9 +48,34 @@ def tenant() -> str:
     return carried().get(TENANT, "")
 
 
-def deliveries() -> int:
-    """How often the message at work has been delivered, this time included."""
+def delivered() -> int:
+    """How often the broker has delivered the message at work, this time included."""
     return int(_work.get().metadata.num_delivered)
+
+
+def deliveries() -> int:
+    """How many deliveries of the message at work were begun with, this one included: all, unless ``begun`` knows better."""
+    return _begun.get() or delivered()
+
+
+def waited() -> None:
+    """Note that the message that this task is for was held here for a while."""
+    _waited.set(True)
+
+
+def comes_late() -> bool:
+    """Whether much may have happened to the turn since the message was first delivered: it came again, is tried again, or was held."""
+    return _waited.get() or delivered() > 1 or tries() > 0
+
+
+def begun(before: int) -> None:
+    """Note that *before* this delivery only so many were begun with: the others were held for a while, and given back."""
+    _begun.set(before + 1)
+
+
+def attempts() -> int:
+    """As ``deliveries``; 1 where no message is at work."""
+    return 1 if _work.get(None) is None else deliveries()
 
 
 def tries() -> int:

@@ -1,8 +1,8 @@
 """A load generator for anything that speaks OpenAI's chat dialect: ``python -m tests.bench.load --url http://127.0.0.1:5001``.
 
 Each client is one kept-alive connection that asks one request after the other. Every answer is checked token by token
-(``wire.Transcript``); figures are printed as one JSON object. With ``--hold`` it warms up, prints ``warm``, and goes on when a line
-arrives on stdin.
+(``wire.Transcript``); figures are printed as one JSON object for each part of the load. With ``--hold`` it prints ``warm`` once it has
+warmed up, and begins each part when a line arrives on stdin. With ``--quiet`` it prints ``quiet`` when every client has its first token.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import asyncio
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,7 +27,10 @@ _NS = 1e9
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be asked: *requests* by each of *clients*, whose starts are spread evenly over *spread_ms*."""
+    """What is to be asked: *requests* by each of *clients*, whose starts are spread evenly over *spread_ms*, in each of *parts*.
+
+    A request of the warm-up is like the others, or has *warm_tokens* tokens without a gap.
+    """
 
     url: str
     clients: int = 1
@@ -38,6 +41,9 @@ class Plan:
     spread_ms: float = 0
     in_step: bool = False
     warmup: int = 1
+    warm_tokens: int = 0
+    parts: int = 1
+    quiet: bool = False
     timeout: float = 120
     model: str = "auto"
     key: str = ""
@@ -192,7 +198,7 @@ class Listener:
     """Reads the body of one answer into its transcript."""
 
     def __init__(self, told: Told) -> None:
-        self._told = told
+        self.told = told
         self._rest = b""
 
     def streamed(self, data: bytes) -> None:
@@ -209,14 +215,14 @@ class Listener:
 
     def end(self, status: int) -> None:
         """The response is over."""
-        transcript = self._told.transcript
+        transcript = self.told.transcript
         if status != 200:
             transcript.complain(f"HTTP {status}: {self._rest[:200]!r}")
         elif not transcript.ask.stream:
             self._frame(self._rest, time.monotonic_ns(), "message")
 
     def _data(self, data: bytes, at: int) -> None:
-        transcript = self._told.transcript
+        transcript = self.told.transcript
         if transcript.done:
             transcript.complain("it went on after [DONE]")
         elif data == b"[DONE]":
@@ -225,7 +231,7 @@ class Listener:
             self._frame(data, at, "delta")
 
     def _frame(self, data: bytes, at: int, part: str) -> None:
-        transcript = self._told.transcript
+        transcript = self.told.transcript
         try:
             frame = orjson.loads(data)
         except orjson.JSONDecodeError:
@@ -235,7 +241,7 @@ class Listener:
             transcript.complain(f"error: {frame['error']}")
         for choice in frame.get("choices", ()):
             if text := choice[part].get("content"):
-                self._told.first = self._told.first or at
+                self.told.first = self.told.first or at
                 transcript.feed(text, at)
             transcript.finish = choice.get("finish_reason") or transcript.finish
         if usage := frame.get("usage"):
@@ -249,6 +255,8 @@ class Client:
         self._plan, self._number = plan, number
         self._connection = Connection()
         self._address = urlsplit(plan.url)
+        #: What is being asked, or was last.
+        self.told: Told | None = None
 
     async def run(self, count: int, kind: str) -> list[Told]:
         """Ask *count* times, one after the other."""
@@ -256,6 +264,8 @@ class Client:
 
     def _ask(self, ident: str) -> Ask:
         plan = self._plan
+        if plan.warm_tokens and ident.startswith("warm"):
+            return Ask(ident, plan.warm_tokens, 0, plan.stream)
         return Ask(ident, plan.tokens, plan.gap_ms, plan.stream, in_step=plan.in_step)
 
     def close(self) -> None:
@@ -263,7 +273,7 @@ class Client:
         self._connection.close()
 
     async def _one(self, ask: Ask) -> Told:
-        told = Told(Transcript(ask), time.monotonic_ns())
+        told = self.told = Told(Transcript(ask), time.monotonic_ns())
         listener = Listener(told)
         try:
             async with asyncio.timeout(self._plan.timeout):
@@ -295,21 +305,42 @@ class Client:
 
 
 async def run(plan: Plan, hold: Callable[[], None] = lambda: None) -> Report:
-    """Warm up, call *hold* (it may block), put the load on, and check all of it; wrong answers of the warm-up count as well."""
+    """Put a load of one part on; see ``parts``."""
+    return [report async for report in parts(plan, hold)][-1]
+
+
+async def parts(plan: Plan, hold: Callable[[], None] = lambda: None) -> AsyncIterator[Report]:
+    """Warm up; for each part call *hold* (it may block), put the load on, and check all of it.
+
+    Wrong answers of the warm-up count with the first part.
+    """
     clients = [Client(plan, number) for number in range(plan.clients)]
-    warm = await asyncio.gather(*(client.run(plan.warmup, "warm") for client in clients))
-    hold()
-    began = time.monotonic_ns()
-    told = await asyncio.gather(*(_later(client, plan, number) for number, client in enumerate(clients)))
-    ended = time.monotonic_ns()
+    told = await asyncio.gather(*(_later(client, plan, number, "warm") for number, client in enumerate(clients)))
+    warm = [each for some in told for each in some]
+    for part in range(plan.parts):
+        hold()
+        began = time.monotonic_ns()
+        watching = asyncio.create_task(_say_quiet(clients)) if plan.quiet else None
+        told = await asyncio.gather(*(_later(client, plan, number, f"load{part or ''}") for number, client in enumerate(clients)))
+        ended = time.monotonic_ns()
+        if watching:
+            watching.cancel()
+        yield _report([each for some in told for each in some], ended - began, warm)
+        warm = []
     for client in clients:
         client.close()
-    return _report([each for some in told for each in some], ended - began, [each for some in warm for each in some])
 
 
-async def _later(client: Client, plan: Plan, number: int) -> list[Told]:
+async def _say_quiet(clients: Sequence[Client]) -> None:
+    """Say when every one has begun to get its answer."""
+    while not all(client.told and client.told.first and "load" in client.told.transcript.ask.ident for client in clients):  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    print("quiet", flush=True)
+
+
+async def _later(client: Client, plan: Plan, number: int, kind: str) -> list[Told]:
     await asyncio.sleep(plan.spread_ms / 1000 * number / plan.clients)
-    return await client.run(plan.requests, "load")
+    return await client.run(plan.warmup if kind == "warm" else plan.requests, kind)
 
 
 def _report(told: list[Told], took_ns: int, warm: list[Told]) -> Report:
@@ -326,23 +357,29 @@ def _report(told: list[Told], took_ns: int, warm: list[Told]) -> Report:
     )
 
 
-def _hold() -> None:
-    print("warm", flush=True)
-    sys.stdin.readline()
+def _holding() -> Callable[[], None]:
+    said = iter(["warm\n"])
+
+    def hold() -> None:
+        print(next(said, ""), end="", flush=True)
+        sys.stdin.readline()
+
+    return hold
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     defaults = Plan("")
     parser.add_argument("--url", required=True)
-    for name in ("clients", "requests", "tokens", "warmup"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
+    for name in ("clients", "requests", "tokens", "warmup", "warm-tokens", "parts"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name.replace("-", "_")))
     for name in ("gap-ms", "spread-ms", "timeout"):
         parser.add_argument(f"--{name}", type=float, default=getattr(defaults, name.replace("-", "_")))
     for name in ("model", "key"):
         parser.add_argument(f"--{name}", default=getattr(defaults, name))
     parser.add_argument("--in-step", action="store_true", help="all streams get their tokens at the same moments")
     parser.add_argument("--whole", dest="stream", action="store_false", help="not streamed")
+    parser.add_argument("--quiet", action="store_true", help="tell when every client has its first token")
     parser.add_argument("--hold", action="store_true")
     return parser.parse_args()
 
@@ -350,10 +387,16 @@ def _arguments() -> argparse.Namespace:
 def main() -> int:
     """Run as a program; 1 when any answer was wrong."""
     arguments = vars(_arguments())
-    hold = _hold if arguments.pop("hold") else lambda: None
-    report = uvloop.run(run(Plan(**arguments), hold))
-    print(orjson.dumps(asdict(report)).decode())
-    return 1 if report.failed else 0
+    hold = _holding() if arguments.pop("hold") else lambda: None
+    return uvloop.run(_tell(Plan(**arguments), hold))
+
+
+async def _tell(plan: Plan, hold: Callable[[], None]) -> int:
+    failed = 0
+    async for report in parts(plan, hold):
+        print(orjson.dumps(asdict(report)).decode(), flush=True)
+        failed += report.failed
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

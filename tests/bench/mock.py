@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 import uvloop
 
-from .wire import Ask, token
+from .wire import Ask, in_paragraphs, token
 
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 _STATUS = {200: b"200 OK", 400: b"400 Bad Request", 404: b"404 Not Found"}
@@ -131,6 +131,8 @@ class Answer:
 
     def _say(self) -> bytes:
         text = token(self._index, self._ask.ident)
+        if self._ask.paragraphs:
+            text = in_paragraphs(text, self._index)
         self._index += 1
         self._engine.counts.tokens += 1
         reason = '"length"' if self._index == self._ask.tokens else "null"

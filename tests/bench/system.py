@@ -14,13 +14,18 @@ from pathlib import Path
 
 import psutil
 
+from capibara_flow.cli.supervisor import local_get
+
 ROOT = Path(__file__).resolve().parents[2]
 STRAIGHT, CAPIBARA = "straight", "capibara"
+NO_LOG, TOGETHER, TOGETHER_NO_LOG = "capibara-no-log", "capibara-together", "capibara-together-no-log"
+#: Ours; ``capibara`` is what `make up` starts: the log on, every part a process of its own.
+OURS = (CAPIBARA, NO_LOG, TOGETHER, TOGETHER_NO_LOG)
 #: Words of a command line that tell what a process is for; the last one wins.
 _ROLES = {"up": "launcher", "capibara_flow.cli.up": "launcher", "tests.bench.mock": "engine"} | {
     word: word for word in ("edge", "router", "caller", "undertaker", "observer", "worker", "workers", "streams")
 }
-_CONCURRENCY = 64
+CONCURRENCY = 64
 _READY_SECONDS, _STOP_SECONDS = 120, 20
 
 
@@ -28,7 +33,7 @@ class DidNotStart(RuntimeError):
     """The system under test is not ready in time, or has gone; the message tells what it said."""
 
 
-def _clock(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     """CPU seconds (user and system, all threads) of *pid*, to the nanosecond.
 
     ``/proc/PID/stat`` counts in steps of 10 ms; this is the process's CPU-time clock, whose id Linux makes of the pid
@@ -59,7 +64,7 @@ class Tree:
 
     def cpu(self) -> dict[str, float]:
         """CPU seconds so far by role; what an exited process took is its parent's, as the kernel books it."""
-        return self._by_role(lambda process: _clock(process.pid) + sum(process.cpu_times()[2:4]))
+        return self._by_role(lambda process: cpu_seconds(process.pid) + sum(process.cpu_times()[2:4]))
 
     def rss(self) -> dict[str, float]:
         """Resident memory by role in MB (10^6 bytes); pages that processes share count for each of them."""
@@ -89,6 +94,8 @@ class Tree:
         if not words or "nats-server" in Path(words[0]).name:
             return "broker"
         roles = [_ROLES[word] for word in words if word in _ROLES]
+        if {"workers", "edge"} <= set(roles):
+            return "together"
         return roles[-1] if roles else process.name()
 
 
@@ -104,6 +111,12 @@ class System:
     name: str
     url: str
     tree: Tree | None
+    model: str = "auto"
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is one of Capibara's: it has turns that one can come back to."""
+        return self.name in OURS
 
 
 @contextlib.contextmanager
@@ -123,33 +136,75 @@ def straight() -> Iterator[System]:
 
 
 @contextlib.contextmanager
-def capibara(engine: str) -> Iterator[System]:
-    """Capibara in front of *engine* (a base URL without path), as ``capibara up`` starts it, with its state in a folder of its own."""
+def capibara(engine: str, name: str = CAPIBARA, concurrency: int = CONCURRENCY) -> Iterator[System]:
+    """Capibara in front of *engine* (a base URL without path), with its state in a folder of its own.
+
+    *name* is one of ``OURS``. The engine is given *concurrency* at once.
+    """
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as home:
-        ready, log, fleet = Path(home, "ready.json"), Path(home, "log"), Path(home, "fleet.toml")
+        ready, state, fleet = Path(home, "ready.json"), Path(home, "state"), Path(home, "fleet.toml")
         # A fleet file and not --engine, because that lets an engine answer fewer at once than a scenario asks.
-        fleet.write_text(f'[[experts]]\nname = "mock"\ndialect = "vllm"\nurls = ["{engine}/v1"]\nconcurrency = {_CONCURRENCY}\n')
-        command = [sys.executable, "-m", "capibara_flow", "up", "--fleet", str(fleet), "--port", "0", "--no-local-model"]
-        command += ["--state", str(Path(home, "state")), "--ready-file", str(ready)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, cwd=home, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-        tree = Tree(process.pid)
-        try:
-            yield System(CAPIBARA, _await_ready(process, ready, log), tree)
-        finally:
-            tree.stop()
-            process.wait()
+        fleet.write_text(f'[[experts]]\nname = "mock"\ndialect = "vllm"\nurls = ["{engine}/v1"]\nconcurrency = {concurrency}\n')
+        command = ["capibara_flow", "up", "--fleet", str(fleet), "--port", "0", "--no-local-model"]
+        command += ["--state", str(state), "--ready-file", str(ready)]
+        command += ["--together"] if name in {TOGETHER, TOGETHER_NO_LOG} else []
+        environment = {"CAPIBARA_LOG__ENABLED": str(name in {CAPIBARA, TOGETHER}).lower()}
+        with started(name, [sys.executable, "-m", *command], Path(home), environment) as running:
+            url = running.until(lambda: _ready(ready))
+            yield System(name, url, running.tree)
 
 
-def _await_ready(process: subprocess.Popen[bytes], ready: Path, log: Path) -> str:
-    deadline = time.monotonic() + _READY_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            url: str = json.loads(ready.read_text())["url"]
-        except (FileNotFoundError, json.JSONDecodeError):
+def _ready(file: Path) -> str:
+    try:
+        url: str = json.loads(file.read_text())["url"]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return ""
+    return url
+
+
+@dataclass(frozen=True)
+class Running:
+    """A system that was started and need not be ready yet."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    tree: Tree
+    log: Path
+
+    def until(self, look: Callable[[], str]) -> str:
+        """What *look* says once it says something; raises ``DidNotStart`` after a while, or when the system has ended."""
+        deadline = time.monotonic() + _READY_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if found := look():
+                return found
             time.sleep(0.05)
-        else:
-            return url
-    said = log.read_text(errors="replace")[-4000:]
-    raise DidNotStart(f"capibara is not ready (exit code {process.poll()}); it said:\n{said}")
+        said = self.log.read_text(errors="replace")[-4000:]
+        raise DidNotStart(f"{self.name} is not ready (exit code {self.process.poll()}); it said:\n{said}")
+
+    def until_healthy(self, url: str, path: str) -> str:
+        """*url*, once a GET of *path* there answers 200; raises as ``until`` does."""
+        host, port = url.removeprefix("http://").split(":")
+
+        def look() -> str:
+            try:
+                return url if local_get(host, int(port), path)[0] == 200 else ""
+            except OSError:
+                return ""
+
+        return self.until(look)
+
+
+@contextlib.contextmanager
+def started(name: str, command: list[str], home: Path, environment: dict[str, str]) -> Iterator[Running]:
+    """*command* as a child in *home*, with all its processes, until the end of the block; what it says is kept there."""
+    log = home / "log"
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with log.open("wb") as output:
+        everything = {**os.environ, "PYTHONPATH": paths, **environment}
+        process = subprocess.Popen(command, cwd=home, env=everything, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    tree = Tree(process.pid)
+    try:
+        yield Running(name, process, tree, log)
+    finally:
+        tree.stop()
+        process.wait()

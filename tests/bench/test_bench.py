@@ -2,19 +2,23 @@
 
 import asyncio
 import csv
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
 import pytest
 from openai import AsyncOpenAI
+from rich.console import Console
 
 from . import __main__ as bench
-from . import load, mock, scenarios, system
+from . import courses, floor, load, mock, peers, pictures, scenarios, storm, system
 from .load import Plan
+from .page import PageCost
 from .scenarios import Figure, Run
 from .wire import Ask, Transcript, token
 
@@ -186,6 +190,12 @@ async def test_a_lie_in_the_warm_up_is_noticed() -> None:
     assert report.failed == 1
 
 
+async def test_a_lie_in_the_warm_up_is_told_once() -> None:
+    async with liar(LIES["drops"][0]) as url:
+        reports = [report async for report in load.parts(Plan(url, requests=0, tokens=TOKENS, parts=2))]
+    assert [report.failed for report in reports] == [1, 0]
+
+
 async def test_an_answer_that_never_comes_is_noticed() -> None:
     async def silent(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(20)
@@ -238,7 +248,7 @@ def test_a_system_that_has_ended_has_no_processes() -> None:
 def test_a_load_is_measured_from_outside() -> None:
     scenario = next(each for each in scenarios.SCENARIOS if each.name == "json").quick()
     with system.straight() as engine:
-        run = scenarios.run(scenario, engine)
+        (run,) = scenarios.runs(scenario.plan, engine)
         assert engine.tree is not None
         assert run.report.errors == []
         assert run.cpu is not None
@@ -256,9 +266,10 @@ def test_what_is_added_is_told_from_the_engines_own() -> None:
 
 
 def test_a_bar_is_held_against_the_median() -> None:
-    cpu, rss = Figure("paced", "capibara", "cpu_per_token", "us"), Figure("rss", "capibara", "rss", "MB")
-    verdicts = list(bench.bars({cpu: [100.0, 129.0, 900.0], rss: [240.0, 251.0, 260.0]}))
-    assert [("met" in verdict, "missed" in verdict) for verdict in verdicts] == [(True, False), (False, True)]
+    cpu, rss = Figure("paced", "capibara", "cpu_per_token", "us"), Figure("rss", "capibara", "rss_serving", "MB")
+    rate = Figure("json", "capibara", "requests_per_second", "1/s")
+    verdicts = list(bench.bars({cpu: [10.0, 59.0, 900.0], rate: [501.0], rss: [170.0, 181.0, 190.0]}))
+    assert [("met" in verdict, "missed" in verdict) for verdict in verdicts] == [(True, False), (True, False), (False, True)]
 
 
 def test_every_bar_is_a_figure_that_is_measured() -> None:
@@ -270,7 +281,10 @@ def test_every_bar_is_a_figure_that_is_measured() -> None:
         for name in ("straight", "capibara")
         for metric, unit, value in each.figures(run)
     }
-    assert scenarios.BARS.keys() <= (values | scenarios.compare(values)).keys()
+    values |= {Figure("long", "capibara", metric, unit): value for metric, unit, value in courses.grown([run, run])}
+    # The memory of an idle stream: held by `test_every_course_goes_its_way`.
+    measured = (values | scenarios.compare(values)).keys() | {Figure("idle", "capibara", "rss_per_stream", "kB")}
+    assert scenarios.BARS.keys() <= measured
 
 
 def test_figures_are_kept(tmp_path: Path) -> None:
@@ -283,3 +297,213 @@ def test_figures_are_kept(tmp_path: Path) -> None:
     assert [(row["median"], row["min"], row["max"], row["rounds"]) for row in rows] == [("2", "1", "3", "3"), ("4", "4", "4", "1")]
     assert [row["busy_percent"] for row in rows] == ["7", "0"]
     assert all(row["commit"] and row["python"] and row["cpu"] and row["aiohttp"] for row in rows)
+
+
+# --- courses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [1, 7, 24, 25, 26, 99, 400, 1000, 5000])
+def test_the_highest_number_is_found_to_a_tenth(most: int) -> None:
+    asked: list[int] = []
+
+    def holds(number: int) -> bool:
+        asked.append(number)
+        return number <= most
+
+    found = courses.highest(holds, 25, 1000)
+    assert min(most, 1000) * 0.9 - 1 <= found <= most
+    assert len(asked) <= 12
+    assert max(asked) <= 1000
+
+
+def test_nothing_holds() -> None:
+    assert courses.highest(lambda _: False, 25, 1000) == 0
+
+
+def test_who_is_late_does_not_keep_up() -> None:
+    most = courses.Most("most", "")
+    fine = load.Report(1, 0, 128, 2.6, {}, {"p95": 3.0}, {})
+    assert most.is_kept_up(fine, spread_ms=210)
+    for change in ({"seconds": 3.6}, {"failed": 1}, {"token_delay_ms": {"p95": 60.0}}):
+        assert not most.is_kept_up(replace(fine, **change), spread_ms=210)
+
+
+def test_growth_is_from_the_first_parts_to_the_last() -> None:
+    def part(cpu: float, rss: float) -> Run:
+        return Run(load.Report(4, 0, 1000, 1.0, {}, {}, {}), {"edge": cpu}, {"edge": rss})
+
+    grown = {metric: value for metric, _, value in courses.grown([part(0.1, 50), part(0.5, 51), part(0.11, 58)])}
+    assert grown["cpu_growth"] == pytest.approx(10)
+    assert grown["rss_growth"] == 8
+    assert grown["tokens"] == 3000
+
+
+async def test_parts_of_a_load_are_reported_one_by_one(engine: str) -> None:
+    held: list[int] = []
+    plan = Plan(engine, clients=2, tokens=5, parts=3, warm_tokens=2)
+    reports = [report async for report in load.parts(plan, lambda: held.append(1))]
+    assert [(report.requests, report.tokens, report.errors) for report in reports] == [(2, 10, [])] * 3
+    assert len(held) == 3
+    assert (await get(engine, "/counts"))["tokens"] == 2 * 2 + 3 * 10
+
+
+async def test_the_page_gets_paragraphs_of_as_many_tokens_as_it_asks_in_words(engine: str) -> None:
+    async with AsyncOpenAI(base_url=f"{engine}/v1", api_key="none") as client:
+        question = Ask("page", 130, paragraphs=True).question
+        answer = await client.chat.completions.create(model="mock", messages=[{"role": "user", "content": question}])
+        stream = await client.chat.completions.create(model="mock", messages=[{"role": "user", "content": question}], stream=True)
+        text = "".join([choice.delta.content or "" async for chunk in stream for choice in chunk.choices])
+    assert len((answer.choices[0].message.content or "").split()) == 130
+    assert [len(paragraph.split()) for paragraph in text.split("\n\n")] == [60, 60, 10]
+
+
+def small() -> list[scenarios.Measurable]:
+    """Every course in a size that takes about a second."""
+    idle = courses.Idle("idle", "", replace(courses._IDLE, clients=5, gap_ms=600, spread_ms=20))
+    most = courses.Most("most", "", replace(courses._PACED, tokens=3), start=2, cap=2, delay_ms=10_000, slack_ms=20_000)
+    growth = courses.Growth("growth", "", streams=((1, 1), (2, 1)), lengths=((10, 1), (20, 1)), tokens=4)
+    resume = courses.Resume("resume", "", readers=5, tokens=5, gap_ms=200)
+    return [idle, most, growth, resume, courses.Long("long", "", replace(courses._LONG, tokens=50, parts=2))]
+
+
+COURSE_FIGURES = {
+    "idle": {"rss_per_stream"},
+    "most": {"streams"},
+    "growth": {"cpu_per_token@streams=2", "steepest@streams", "cpu_per_token@tokens=20", "steepest@tokens"},
+    "resume": {"served_p50", "served_max", "cpu_per_reader"},
+    "long": {"cpu_per_token", "cpu_growth", "rss_growth", "tokens"},
+}
+
+
+def test_every_course_goes_its_way() -> None:
+    with system.straight() as engine, system.capibara(engine.url, system.TOGETHER) as ours:
+        assert ours.tree is not None
+        assert ours.tree.rss().keys() == {"together", "broker", "launcher"}
+        for course in small():
+            measured = course.measure(ours, engine, "")
+            assert measured.errors == []
+            assert {metric for metric, _, _ in measured.values} >= COURSE_FIGURES[course.name]
+
+
+async def test_a_reader_that_comes_back_to_nothing_is_noticed() -> None:
+    """A system that loses what was said while its readers were away."""
+
+    async def forget(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        if head.startswith(b"POST"):
+            lines = [b'data: {"id":"chatcmpl-T",' + says(token(0, "storm-0"))[1:], b"id: 7", says_line(token(1, "storm-0"))]
+            writer.write(b"\n\n".join(lines[:1]) + b"\n\n" + b"\n".join(lines[1:]) + b"\n\n")
+            await asyncio.sleep(20)
+        assert b"Last-Event-ID: 7\r\n" in head
+        assert head.startswith(b"GET /v1/chat/completions/T/events?")
+        writer.write(says_line(token(3, "storm-0"), "stop") + b"\n\ndata: " + usage(4) + b"\n\ndata: [DONE]\n\n")
+        writer.close()
+
+    server = await asyncio.start_server(forget, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    report = await storm.run(storm.Plan(url, clients=1, tokens=4, gap_ms=1, spread_ms=0, away_ms=1), say=False)
+    server.close()
+    assert report.failed == 1
+    assert any("where 2 was due" in error for error in report.errors), report.errors
+
+
+def says_line(text: str, reason: str | None = None) -> bytes:
+    return b"data: " + says(text, reason)
+
+
+def test_words_behind_the_last_id_are_not_had_yet() -> None:
+    told = load.Told(Transcript(Ask("storm-0", 3)), 0)
+    reader = storm.Reader(told)
+    reader.streamed(
+        b"id: 5\n" + says_line(token(0, "storm-0")) + b"\n\n" + says_line(token(1, "storm-0")) + b"\n\nid: 6\nevent: message\ndata: {"
+    )
+    assert (reader.last, reader.had, told.transcript.count) == (b"5", 1, 2)
+    reader.return_()
+    reader.streamed(says_line(token(1, "storm-0")) + b"\n\nid: 6\n" + says_line(token(2, "storm-0")) + b"\n\n")
+    assert (reader.last, told.transcript.errors) == (b"6", [])
+    assert reader.served is not None
+
+
+# --- floor, peers, pictures, command line --------------------------------------------------------------------
+
+
+def test_each_hop_has_a_floor() -> None:
+    with system.straight() as engine:
+        measured = floor.Floor("floor", "", tokens=200).measure(engine, engine, "")
+    values = {metric: value for metric, _, value in measured.values}
+    for how in (floor.ALONE, floor.TOGETHER):
+        assert values[f"sum/{how}"] == pytest.approx(sum(values[f"sum_{part}/{how}"] for part in ("workers", "broker", "edge")))
+        assert all(values[f"{hop}/{how}"] > 0 for hop in ("read", "parse", "broker", "deliver"))
+
+
+def test_each_process_pays_for_its_hops() -> None:
+    hops = {
+        f"{hop}/{how}": 1.0 for hop in ("read", "parse", "publish", "ack", "broker", "deliver", "write") for how in ("alone", "together")
+    }
+    sums = {metric: value for metric, _, value in floor.summed(hops) if metric.startswith("sum") and metric.endswith("alone")}
+    assert sums == {"sum_workers/alone": 4, "sum_broker/alone": 1, "sum_edge/alone": 2, "sum/alone": 7}
+
+
+def test_how_near_we_are_is_told_when_both_are_known() -> None:
+    ours, least = Figure("paced", "capibara", "cpu_per_token/edge", "us"), Figure("floor", "floor", "sum_edge/alone", "us")
+    assert floor.nearness({ours: 80.0}) == {}
+    assert floor.nearness({ours: 80.0, least: 20.0}) == {Figure("floor", "capibara", "times_floor/edge", "ratio"): 4.0}
+
+
+def test_a_peer_that_cannot_be_installed_is_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CAPIBARA_BENCH_CACHE", str(tmp_path))
+    file = tmp_path / "no-such-package-1"
+    file.write_text("where its folder should be")
+    nobody = peers.Peer("nobody", "no-such-package==1", "nobody", lambda *_: [], "/", {})
+    console = Console(record=True, width=200)
+    run = bench.Bench(bench.arguments(["paced", "--peers"]), console)
+    run._peers = [nobody]
+    with ExitStack() as stack, system.straight() as engine:
+        assert list(run._peer(stack, nobody, engine)) == []
+    assert "no-such-package==1 is skipped: " in console.export_text()
+    assert run._peers == []
+
+
+def test_peers_are_pinned_and_outside_the_tree() -> None:
+    for peer in peers.PEERS:
+        assert "==" in peer.requirement
+        assert not peer.folder.is_relative_to(system.ROOT)
+
+
+def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
+    comparison, growth = tmp_path / "a.svg", tmp_path / "b.svg"
+    paced = {Figure("paced", name, "cpu_per_token", "us"): [1.0, 2.0, 4.0] for name in ("straight", "capibara", "litellm")}
+    assert pictures.draw({Figure("paced", "capibara", "cpu_per_token", "us"): [1.0]}, comparison, growth) == []
+    assert pictures.draw(paced, comparison, growth) == [comparison]
+    text = comparison.read_text()
+    assert "litellm" in text
+    assert "straight" not in text
+    grows = {
+        Figure("growth", "capibara", f"cpu_per_token@{axis}={size}", "us"): [5.0] for axis in ("streams", "tokens") for size in (1, 10)
+    }
+    assert pictures.draw(grows, comparison, growth) == [growth]
+    drawn = growth.read_bytes()
+    pictures.draw(grows, comparison, growth)
+    assert growth.read_bytes() == drawn
+
+
+def test_what_is_to_be_measured_is_said_by_name() -> None:
+    usual = bench.arguments([])
+    assert (usual.scenario, usual.systems) == ([], [])
+    assert bench.arguments(["floor", "--scenario", "paced,low"]).scenario == ["low", "paced", "floor"]
+    assert bench.arguments(["--scenario", "all"]).scenario == [each.name for each in bench.EVERY]
+    assert bench.arguments(["--systems", "all"]).systems == ["straight", *system.OURS]
+    for wrong in (["--scenario", "nothing"], ["--systems", "nobody"], ["--rounds", "0"]):
+        with pytest.raises(SystemExit):
+            bench.arguments(wrong)
+
+
+@pytest.mark.browser
+def test_the_page_is_measured_in_halves() -> None:
+    if not (shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("no chromium: apt-get update && apt-get install -y chromium")
+    with system.straight() as engine, system.capibara(engine.url) as ours:
+        measured = PageCost("page", "", tokens=100, gap_ms=1).measure(ours, engine, "")
+    assert measured.errors == []
+    assert {metric for metric, _, _ in measured.values} >= {"page_growth/paragraphs", "main_thread/one_paragraph_second_half"}

@@ -12,14 +12,17 @@ from typing import Any
 
 import orjson
 
-_PACE = re.compile(r"bench gap_ms=([\d.]+)( in step)? id=([\w-]+)")
+_PACE = re.compile(r"bench gap_ms=([\d.]+)( in step)? id=([\w-]+)(?: tokens=(\d+))?( in paragraphs)?")
+#: Words in a paragraph, where an answer has some.
+_PARAGRAPH = 60
 
 
 @dataclass(frozen=True)
 class Ask:
     """One request: *tokens* tokens, *gap_ms* milliseconds apart (0: as fast as can be).
 
-    *in_step* with all others, as an engine with continuous batching makes them: one token for everybody at each step.
+    *in_step* with all others, as an engine with continuous batching makes them: one token for everybody at each step. *paragraphs* are
+    for who looks at the answer: a blank line takes the place of a space now and then.
     """
 
     ident: str
@@ -28,13 +31,22 @@ class Ask:
     stream: bool = True
     usage: bool = True
     in_step: bool = False
+    paragraphs: bool = False
+
+    @property
+    def question(self) -> str:
+        """The text that asks for it, of somebody who cannot say ``max_tokens``."""
+        return f"{self._pace} tokens={self.tokens}{' in paragraphs' if self.paragraphs else ''}"
+
+    @property
+    def _pace(self) -> str:
+        return f"bench gap_ms={self.gap_ms:g}{' in step' if self.in_step else ''} id={self.ident}"
 
     def body(self, model: str) -> bytes:
         """The JSON body in OpenAI's chat dialect."""
-        content = f"bench gap_ms={self.gap_ms:g}{' in step' if self.in_step else ''} id={self.ident}"
         body: dict[str, Any] = {
             "model": model,
-            "messages": [{"role": "user", "content": content}],
+            "messages": [{"role": "user", "content": self._pace}],
             "max_tokens": self.tokens,
             "stream": self.stream,
         }
@@ -50,10 +62,11 @@ class Ask:
             pace = _PACE.search(_text(raw["messages"][-1]["content"]))
             return cls(
                 ident=pace[3] if pace else "anybody",
-                tokens=int(raw.get("max_tokens") or raw.get("max_completion_tokens") or 16),
+                tokens=int(raw.get("max_tokens") or raw.get("max_completion_tokens") or (pace and pace[4]) or 16),
                 gap_ms=float(pace[1]) if pace else 0,
                 stream=bool(raw.get("stream")),
                 in_step=bool(pace and pace[2]),
+                paragraphs=bool(pace and pace[5]),
                 usage=bool((raw.get("stream_options") or {}).get("include_usage")),
             )
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -67,6 +80,11 @@ def _text(content: str | list[dict[str, str]]) -> str:
 def token(index: int, ident: str) -> str:
     """The text of token *index*, sent now."""
     return f"{index}:{time.monotonic_ns()}:{ident} " if index == 0 else f"{index}:{time.monotonic_ns()} "
+
+
+def in_paragraphs(text: str, index: int) -> str:
+    """*text* of token *index*, as it stands in an answer of paragraphs: a blank line behind the last word of each, JSON-escaped."""
+    return text if (index + 1) % _PARAGRAPH else text[:-1] + r"\n\n"
 
 
 @dataclass
@@ -102,6 +120,11 @@ class Transcript:
     def complain(self, what: str) -> None:
         """Note an error."""
         self.errors.append(f"{self.ask.ident}: {what}")
+
+    def back_to(self, count: int) -> None:
+        """Forget what came behind the first *count* tokens: it will be told again."""
+        self.count, self._rest = count, ""
+        del self.delays_ns[count:]
 
     def close(self) -> None:
         """The answer is over: complain about what is missing."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ROUTES = Path(__file__).parent / "routes" / "bb.toml"
 Kind = TypeVar("Kind", bound=BaseModel)
 
-ROLES = ("provisioner", "edge", "router", "caller", "undertaker", "observer")
+ROLES = ("provisioner", "edge", "router", "caller", "retriever", "ingester", "undertaker", "observer")
 
 
 class Group(BaseModel):
@@ -65,7 +65,8 @@ def _lower(value: object) -> object:
 class EdgeSettings(Group):
     """The door; a client that has *max_buffer_bytes* of its answer still to take makes its writer wait.
 
-    A streamed turn that nobody has read for *abandon_seconds* is stopped.
+    A streamed turn that nobody has read for *abandon_seconds* is stopped. A document may have *document_bytes*, and is taken in within
+    *ingest_seconds* or not at all.
     """
 
     host: str = "127.0.0.1"
@@ -77,6 +78,8 @@ class EdgeSettings(Group):
     max_buffer_bytes: int = Field(default=32 * 1024, ge=1024)
     turn_seconds: float = Field(default=600, gt=0)
     abandon_seconds: float = Field(default=15, ge=1)
+    document_bytes: int = Field(default=50 * 1024 * 1024, ge=1)
+    ingest_seconds: float = Field(default=3600, gt=0)
 
 
 class Key(Group):
@@ -135,6 +138,9 @@ class WorkerSettings(Group):
 
     *max_deliver* processes at most may die at it. What goes wrong for a while, an engine that is down, say, is tried again every
     *retry_seconds* until the turn's deadline, or for *patience_seconds* in each delivery.
+
+    Tenants who wait for an expert are served in turn; one with a weight of 2 in *tenant_weights* twice as often as one with 1, which all
+    others have.
     """
 
     ack_wait_seconds: float = Field(default=5, gt=0)
@@ -143,6 +149,7 @@ class WorkerSettings(Group):
     patience_seconds: float | None = Field(default=None, ge=0)
     graceful_seconds: float = 30
     router_permits: int = Field(default=32, ge=1)
+    tenant_weights: dict[str, Annotated[float, Field(ge=0.01, le=100)]] = {}
     metrics_port: int | None = None
 
 
@@ -161,6 +168,44 @@ class HostSettings(Group):
     grace_s: float = Field(default=10, ge=0)
 
 
+class KnowledgeSettings(Group):
+    """Documents and the search in them: on once there is a *folder* for the stores that come along, or a server for each.
+
+    *milvus* is the URI of a Milvus server (with *milvus_token*), *postgres* the URL of a PostgreSQL, *nebula* the ``host:port`` of a
+    NebulaGraph (with *nebula_user* and *nebula_password*); what is not named is embedded, in *folder*, and then one process has it alone.
+    *embedder* is a model as the router's. A turn is grounded in *sources* passages, of *context_tokens* in all, within *seconds*.
+    The score of a passage is ``vector_weight * vector + graph_weight * graph + recency``, where *recency_weight* is the most that age
+    can add: half of it after *recency_half_life_days*. Reading a document of at most *document_bytes* may take *parse_seconds* and
+    *parse_memory_mib*.
+    """
+
+    folder: Path | None = None
+    milvus: str = ""
+    milvus_token: SecretStr | None = None
+    postgres: SecretStr | None = None
+    nebula: str = ""
+    nebula_user: str = "root"
+    nebula_password: SecretStr = SecretStr("nebula")
+    embedder: str = "e5"
+    sources: int = Field(default=10, ge=1, le=100)
+    context_tokens: int = Field(default=2000, ge=100)
+    seconds: float = Field(default=5, gt=0)
+    vector_weight: float = Field(default=0.7, ge=0)
+    graph_weight: float = Field(default=0.3, ge=0)
+    recency_weight: float = Field(default=0.05, ge=0)
+    recency_half_life_days: float = Field(default=365, gt=0)
+    document_bytes: int = Field(default=50 * 1024 * 1024, ge=1)
+    parse_seconds: float = Field(default=60, gt=0)
+    parse_memory_mib: int = Field(default=2048, ge=256)
+    permits: int = Field(default=16, ge=1)
+    ingest_permits: int = Field(default=2, ge=1)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is a place for every store."""
+        return self.folder is not None or bool(self.milvus and self.postgres and self.nebula)
+
+
 class Settings(BaseSettings):
     """The whole tree."""
 
@@ -177,6 +222,7 @@ class Settings(BaseSettings):
     answers: AnswersSettings = AnswersSettings()
     worker: WorkerSettings = WorkerSettings()
     host: HostSettings = HostSettings()
+    knowledge: KnowledgeSettings = KnowledgeSettings()
 
     @cached_property
     def experts(self) -> Fleet:

@@ -2,14 +2,17 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from capibara_flow.errors import KeyReused, LeaseLost
-from capibara_flow.ports import Abilities, Batch, Finish, Identity, Piece, Take, Tally, Text
+from capibara_flow.errors import BrokerUnavailable, KeyReused, LeaseLost, TooLarge, TurnUnknown
+from capibara_flow.ports import Abilities, Batch, Entry, Finish, Identity, Piece, Reply, Take, Tally, Text
+from capibara_flow.runtime.work import attempts
 from topics.chat import ChatRequest, Decision, RouteTurn
+from topics.grounding import IngestDocument
+from topics.message import Part, Request
 from topics.output import Output
 from topics.streams import Consumer
 
@@ -103,6 +106,7 @@ class FakeAnswers:
 
     def __init__(self, said: Sequence[Output] = (), *, lose_after: int | None = None, cancelled: bool = False) -> None:
         self.opened: list[FakeAnswer] = []
+        self._begun: dict[tuple[str, str], int] = {}
         self._said: dict[tuple[str, str], list[Output]] = defaultdict(lambda: list(said))
         self._lose_after = lose_after
         self._cancelled = cancelled
@@ -110,6 +114,7 @@ class FakeAnswers:
     @asynccontextmanager
     async def open(self, turn: str, branch: str) -> AsyncIterator[FakeAnswer]:
         said = self._said[turn, branch]
+        self._begun[turn, branch] = attempts()
         answer = FakeAnswer(said, lose_after=self._lose_after, cancelled=self._cancelled)
         self.opened.append(answer)
         try:
@@ -122,6 +127,9 @@ class FakeAnswers:
 
     async def stopping(self, turn: str) -> bool:
         return self._cancelled
+
+    async def begun(self, turn: str, branch: str) -> int:
+        return self._begun.get((turn, branch), 0)
 
     async def ended(self, turn: str, branch: str) -> bool:
         said = self._said[turn, branch]
@@ -161,7 +169,11 @@ class FakeTurns:
         self.breaks = breaks
         self.gone: Exception | None = None
         self.erased: int | Exception = 0
-        self.opened: list[tuple[RouteTurn, Identity, float]] = []
+        self.opened: list[tuple[RouteTurn | IngestDocument, Identity, float]] = []
+        self.deposits: dict[str, bytes] = {}
+        self.replies: Mapping[type[Request], Part] = {}
+        self.requests: list[Request] = []
+        self.erasures: list[str] = []
         self.attended: set[str] = set()
         self.recalled: set[str] = set()
         self.followed: list[tuple[str, int]] = []
@@ -170,10 +182,11 @@ class FakeTurns:
         self.previewed: list[ChatRequest] = []
         self.stored: set[str] = set()
         self.missing: dict[str, str] = {}
+        self.entries: list[Entry] = []
         self.closed = 0
 
     async def open(
-        self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False, recalled: bool = False
+        self, command: RouteTurn | IngestDocument, identity: Identity, deadline: float, *, attended: bool = False, recalled: bool = False
     ) -> "FakeFeed":
         if self.refusal:
             raise self.refusal
@@ -221,6 +234,7 @@ class FakeTurns:
         self.cancelled.append(turn)
 
     async def erase(self, turn: str) -> int:
+        self.erasures.append(turn)
         if isinstance(self.erased, Exception):
             raise self.erased
         self.stored.discard(turn)
@@ -232,8 +246,36 @@ class FakeTurns:
         self.previewed.append(request)
         return Decision(model_id="phi", route_name="default", complexity="simple", confidence=0.5, reasoning="because")
 
+    async def deposit(self, turn: str, data: AsyncIterable[bytes], most: int) -> tuple[int, int]:
+        whole = b""
+        async for chunk in data:
+            whole += chunk
+            if len(whole) > most:
+                raise TooLarge(f"a document may have {most} bytes at most")
+        self.deposits[turn] = whole
+        return len(whole), 1
+
+    async def ask(self, request: Request, reply: type[Reply], *, seconds: float, nobody: str) -> Reply:
+        self.requests.append(request)
+        if type(request) not in self.replies:
+            raise BrokerUnavailable(nobody)
+        answer = self.replies[type(request)]
+        assert isinstance(answer, reply)
+        return answer
+
     def rely_on(self, consumers: Sequence[Consumer]) -> None:
         self.relied_on = tuple(consumers)
+
+    async def record(self, turn: str) -> Sequence[Entry]:
+        found = [entry for entry in self.entries if entry.turn == turn]
+        if not found:
+            raise TurnUnknown(f"nothing is kept of {turn!r}")
+        return found
+
+    async def newest(self, *, since: float = 0.0) -> AsyncIterator[Entry]:
+        for entry in reversed(self.entries):
+            if entry.subject.endswith(".asked.router") and entry.when >= since:
+                yield entry
 
     async def reports(self) -> list[dict[str, Any]]:
         return [{"worker": "router", "process": "p", "since": 1.0, "at": 2.0, "facts": {"routes": {"math": 2}}}]

@@ -73,6 +73,7 @@ def until(condition: Callable[[], object], seconds: float = 30):
 
 
 COMMANDS = ["", "up", "chat", "doctor", "edge", "worker", "engine scripted", "streams apply", "streams show"]
+COMMANDS += ["turns", "show", "replay", "diff", "fork", "capsule export", "capsule run", "rerun", "ingest", "search", "rag list", "queue"]
 COMMANDS += ["dead", "dead list", "dead show", "dead retry", "erase", "fleet", "fleet check", "fleet status"]
 
 
@@ -109,7 +110,7 @@ def test_wrong_usage_exits_with_2(words):
 def test_an_unknown_worker_is_told_who_there_is():
     done = subprocess.run([*CAPIBARA, "worker", "router", "nope"], check=False, capture_output=True, text=True, timeout=60)
     said = " ".join(done.stderr.split())
-    assert (done.returncode, "no worker 'nope'" in said, "router, caller" in said) == (2, True, True)
+    assert (done.returncode, "no worker 'nope'" in said, "router, retriever, caller" in said) == (2, True, True)
     assert "python -m workers" not in said
 
 

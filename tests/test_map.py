@@ -12,14 +12,21 @@ from topics.message import Command, Message, Request, Signal
 from topics.output import OUTPUTS, Output
 from topics.streams import (
     ANSWERS,
+    CALLS,
+    DOCUMENTS,
+    LANES,
     REPORTS,
     Layout,
     absence_consumer,
     answer_key,
     caller_consumer,
     due_key,
+    ingester_consumer,
+    lane_key,
+    piece_subject,
     reader_key,
     report_key,
+    retriever_consumer,
     router_consumer,
     subject_token,
     traces,
@@ -35,11 +42,18 @@ KEPT = {message for message in MESSAGES if not issubclass(message, Request)}
 STREAMS = {
     "router": {router_consumer().stream},
     "caller": {caller_consumer("x").stream},
+    "retriever": {retriever_consumer().stream, "CF_JOIN"},
+    "ingester": {ingester_consumer().stream, DOCUMENTS},
     "undertaker": {undertaker_consumer().stream, absence_consumer().stream},
 }
+#: Who sends or takes calls knows the lanes, and what callers report.
+QUEUES = {lane_key("*", "*"), report_key("caller", "*")}
+LANE_KEYS = {lane_key("*", "*"), f"$JS.API.DIRECT.GET.{LANES}", f"$JS.API.STREAM.CREATE.{LANES}"}
 #: What a worker may do to streams that are not its own, because that is its work.
 MAY_ALSO = {
     "undertaker": {"$JS.API.STREAM.PURGE.*", "cf.ctl.*.erased"},
+    "ingester": {f"$JS.API.STREAM.PURGE.{DOCUMENTS}"},
+    "router": {f"$JS.API.STREAM.INFO.{CALLS}"},
     "caller": {answer_key("*", "*"), f"$JS.API.STREAM.MSG.GET.{ANSWERS}"},
 }
 
@@ -110,8 +124,9 @@ def test_a_worker_may_publish_what_the_map_lists_and_nothing_else(hop: Hop):
     also = MAY_ALSO.get(hop.worker, set())
     ours = {subject for subject in publish if subject.startswith("cf.")}
     assert ours - also == {message.subjects() for message in hop.speaks} | {"cf.out.*.lease.*"}
-    assert subscribe == {"cf.ctl.*.cancel", f"_INBOX_{hop.worker}.>"} | {request.subjects() for request in hop.serves}
-    reports = {report_key(hop.worker, "*"), f"$JS.API.DIRECT.GET.{REPORTS}"}
+    ears = {"cf.ctl.*.cancel", f"_INBOX_{hop.worker}.>"} | {request.subjects() for request in hop.serves}
+    assert subscribe == ears | (QUEUES if CallExpert in (*hop.emits, hop.consumes) and hop.worker != "retriever" else set())
+    reports = {report_key(hop.worker, "*"), f"$JS.API.DIRECT.GET.{REPORTS}"} | LANE_KEYS
     assert report_key(hop.worker, "*") in publish
     for subject in publish - ours - also - reports:
         assert subject.startswith(("$JS.ACK.", "$JS.API."))
@@ -121,9 +136,14 @@ def test_a_worker_may_publish_what_the_map_lists_and_nothing_else(hop: Hop):
 
 def test_the_door_may_open_cancel_and_follow_turns_only():
     publish, subscribe = permissions("edge")
-    assert {subject for subject in publish if subject.startswith("cf.")} == {message.subjects() for message in DOOR}
+    assert {subject for subject in publish if subject.startswith("cf.")} == {message.subjects() for message in DOOR} | {
+        piece_subject("*", "*")
+    }
     assert subscribe == {"cf.live.*.*", "_INBOX_edge.>"}
     assert {subject for subject in publish if subject.startswith("$KV.")} == {"$KV.CF_READERS.*", "$KV.CF_READERS.*.due", "$KV.CF_KEYS.*.*"}
+    asked = {subject.removeprefix("$JS.API.") for subject in publish if subject.startswith("$JS.")}
+    assert all(each.startswith(("STREAM.INFO.", "STREAM.MSG.GET.", "DIRECT.GET.", "CONSUMER.INFO.")) for each in asked)
+    assert not [each for each in asked if "GET" in each and "CF_WORK" in each]  # what waits is nobody's to read
 
 
 def test_observers_change_nothing():

@@ -41,6 +41,8 @@ def test_the_environment_sets_one_field_and_leaves_its_neighbours(monkeypatch: p
         ("CAPIBARA_EDGE__PORT", "http", "valid integer"),
         ("CAPIBARA_EDGE__PORT", "70000", "less than or equal to 65535"),
         ("CAPIBARA_WORKER__MAX_DELIVER", "0", "greater than or equal to 1"),
+        ("CAPIBARA_WORKER__TENANT_WEIGHTS__ACME", "0", "greater than or equal to 0.01"),
+        ("CAPIBARA_WORKER__TENANT_WEIGHTS", "[1]", "valid dictionary"),
         ("CAPIBARA_EDGE__COLOUR", "red", "not permitted"),
         ("CAPIBARA_AUTH__ANONYMOUS", "perhaps", "boolean"),
         ("CAPIBARA_EDGE__MAX_BUFFER_BYTES", "0", "greater than or equal to 1024"),

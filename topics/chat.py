@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
+from topics.knowledge import DEFAULT_COLLECTION, Collection, Source
 from topics.message import Command, Event, Part, Request, Signal
 from topics.plan import Plan
 
@@ -99,6 +100,9 @@ class ChatRequest(Part):
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: str | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
+    #: Whether the answer is to rest on documents, of this collection; none: wherever there are some.
+    grounded: bool | None = None
+    collection: Collection = DEFAULT_COLLECTION
 
     @property
     def question(self) -> str:
@@ -125,32 +129,70 @@ class Decision(Part):
     reasoning: str
 
 
+#: How many buckets tenants wait in: 0 is for who asks without a name.
+BUCKETS = 64
+Bucket = Annotated[int, Field(ge=0, lt=BUCKETS)]
+
+#: Which of a tenant's own turns go first; among tenants it decides nothing.
+Priority = Literal["low", "normal", "high"]
+#: From the first to the last.
+PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
+
+
 class RouteTurn(Command):
-    """Decide what this turn needs and send it on its way."""
+    """Decide what this turn needs and send it on its way.
+
+    Its tenant waits in *bucket*, if the door knows one that he shares with nobody; else a hash decides.
+    """
 
     pattern: ClassVar[str] = "cf.work.{turn}.router"
     request: ChatRequest
+    bucket: Bucket | None = None
+    priority: Priority = "normal"
 
 
 class CallExpert(Command):
     """Let *expert* answer into *branch*; should it be out of reach, the next of the *alternatives* (experts' names).
 
-    *passed* counts how often the call was passed on so.
+    *passed* counts how often the call was passed on so. What it says is to rest on the *sources*,
+    which the *context* puts before the question.
     """
 
-    pattern: ClassVar[str] = "cf.work.{turn}.call.{expert}.{bucket}"
+    pattern: ClassVar[str] = "cf.work.{turn}.call.{expert}.{lane}"
     expert: Token
-    bucket: int = Field(ge=0, lt=64)
+    bucket: Bucket
+    priority: Priority = "normal"
     branch: Token = "main"
     request: ChatRequest
     alternatives: tuple[str, ...] = Field(default=(), max_length=16)
     passed: int = Field(default=0, ge=0)
+    sources: tuple[Source, ...] = Field(default=(), max_length=100)
+    context: str = ""
     plan: Plan = Plan()
+
+    @property
+    def lane(self) -> str:
+        """The line that it waits in, as it stands in a subject: its tenant's bucket, and the priority unless that is the normal one."""
+        return lane_of(self.bucket, self.priority)
 
     @property
     def dedupe(self) -> str:
         """One call for each branch of a turn, and one each time that it is passed on."""
         return f"{self.turn}:call:{self.branch}:{self.passed}"
+
+
+def lane_of(bucket: int, priority: Priority = "normal") -> str:
+    """The lane of *bucket* for turns of this *priority*."""
+    return str(bucket) if priority == "normal" else f"{bucket}-{priority}"
+
+
+def bucket_of(lane: str) -> tuple[int, Priority]:
+    """The bucket and the priority that *lane* is for; raises ``ValueError`` when it is none."""
+    number, _, word = lane.partition("-")
+    for priority in PRIORITIES:
+        if lane_of(int(number), priority) == lane:
+            return int(number), priority
+    raise ValueError(f"{lane} is no lane: {word} is no priority")
 
 
 #: Why a turn is stopped whose deadline has passed: it ends with an error.
@@ -184,13 +226,15 @@ class Erased(Part):
 
 
 class TurnRouted(Event):
-    """What the router decided, and the plan it made."""
+    """What the router decided, and the plan it made; by which *version* of the software, and by which *configuration* (a digest)."""
 
     pattern: ClassVar[str] = "cf.log.{turn}.router"
     decision: Decision
     plan: Plan
     started: float
     ended: float
+    version: str = ""
+    configuration: str = ""
 
 
 class ExpertCalled(Event):
@@ -212,8 +256,8 @@ class ExpertCalled(Event):
 
     @property
     def dedupe(self) -> str:
-        """One fact for each attempt."""
-        return f"{self.turn}:called:{self.branch}:{self.attempt}"
+        """One fact for each attempt; two of different experts may bear the same number, when nothing was seen of the first."""
+        return f"{self.turn}:called:{self.branch}:{self.attempt}:{self.expert}:{self.started:.6f}"
 
 
 class TurnFailed(Event):

@@ -3,8 +3,34 @@
 from dataclasses import dataclass
 
 from topics.chat import CallExpert, CancelTurn, EraseTurn, ExpertCalled, PreviewRoute, RouteTurn, TurnFailed, TurnRouted
+from topics.grounding import (
+    DocumentIngested,
+    IngestDocument,
+    ListDocuments,
+    PartDone,
+    RemoveDocument,
+    RetrieveSources,
+    SearchKnowledge,
+    SourcesRetrieved,
+)
 from topics.message import Command, Message, Request, Signal
-from topics.output import Continued, Done, Failed, Loading, Output, Reset, Routed, Token, ToolCalled, Usage, Waiting
+from topics.output import (
+    Cited,
+    Continued,
+    Done,
+    Failed,
+    Ingested,
+    Loading,
+    Output,
+    Queued,
+    Reset,
+    Routed,
+    SourcesFound,
+    Token,
+    ToolCalled,
+    Usage,
+    Waiting,
+)
 
 EDGE = "edge"
 
@@ -26,13 +52,27 @@ class Hop:
 
 
 FLOW = (
-    Hop("router", RouteTurn, (CallExpert, TurnRouted, TurnFailed), (Routed, Waiting, Failed), serves=(PreviewRoute,)),
+    Hop(
+        "router",
+        RouteTurn,
+        (CallExpert, RetrieveSources, TurnRouted, TurnFailed),
+        (Routed, Queued, Waiting, Failed),
+        serves=(PreviewRoute,),
+    ),
+    Hop(
+        "retriever",
+        RetrieveSources,
+        (CallExpert, PartDone, SourcesRetrieved, TurnFailed),
+        (SourcesFound, Waiting, Failed),
+        serves=(SearchKnowledge, ListDocuments, RemoveDocument),
+    ),
     Hop(
         "caller",
         CallExpert,
         (CallExpert, ExpertCalled, TurnFailed),
-        (Token, ToolCalled, Continued, Reset, Waiting, Loading, Usage, Done, Failed),
+        (Token, ToolCalled, Continued, Reset, Waiting, Loading, Cited, Usage, Done, Failed),
     ),
+    Hop("ingester", IngestDocument, (DocumentIngested, TurnFailed), (Ingested, Waiting, Done, Failed)),
     Hop("undertaker", CancelTurn, (CancelTurn, TurnFailed), (Waiting, Usage, Done, Failed), serves=(EraseTurn,)),
 )
 
@@ -41,7 +81,16 @@ VARIANTS = {"host": "caller"}
 NAMES = (*(each.worker for each in FLOW), *VARIANTS)
 
 #: What the door itself publishes; it listens to nothing but output.
-DOOR: tuple[type[Message], ...] = (RouteTurn, PreviewRoute, CancelTurn, EraseTurn)
+DOOR: tuple[type[Message], ...] = (
+    RouteTurn,
+    PreviewRoute,
+    IngestDocument,
+    SearchKnowledge,
+    ListDocuments,
+    RemoveDocument,
+    CancelTurn,
+    EraseTurn,
+)
 
 
 def hop(worker: str) -> Hop:

@@ -2,8 +2,13 @@
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Annotated
+
+from pydantic import StringConstraints
 
 DEFAULT_COLLECTION = "default"
+#: A part of a tenant's knowledge, as people name it.
+Collection = Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,64}$")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,5 +66,9 @@ class Signal(Message):
     """Tells everybody who is concerned at once; whoever comes later finds the last one."""
 
 
+class Share(Message):
+    """One worker's part of what several do at the same time; kept until all parts are in."""
+
+
 class Request(Message):
     """Asks one worker for something and waits for its reply; nobody keeps it."""

@@ -1,11 +1,13 @@
 """What a client may see of a turn, in order. On the wire: one JSON object a line, its ``event`` first."""
 
+from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from topics.chat import Decision
-from topics.message import Event
+from topics.knowledge import Source
+from topics.message import Event, Part
 from topics.plan import Plan
 
 
@@ -44,6 +46,57 @@ class Routed(Output):
     def of(cls, turn: str, decision: Decision, plan: Plan) -> "Routed":
         """The public face of a router's decision."""
         return cls(turn=turn, plan=tuple(step.stage for step in plan.steps), **decision.model_dump())
+
+
+class SourceShown(Part):
+    """A source as the client sees it; *offsets* are where its text starts and ends in the document, *parts* what its score is made of."""
+
+    n: int
+    title: str
+    url: str
+    date: str
+    score: float
+    parts: dict[str, float] = {}
+    offsets: tuple[int, int]
+    text: str
+    document: str
+
+    @classmethod
+    def of(cls, source: Source) -> "SourceShown":
+        """The public face of a source."""
+        passage = source.passage
+        date = datetime.fromtimestamp(passage.updated, UTC).date().isoformat() if passage.updated else ""
+        title = " › ".join(dict.fromkeys((passage.title, *passage.headings)))
+        where = {"offsets": (passage.start, passage.end), "document": passage.document}
+        score = {"score": source.score, "parts": source.parts}
+        return cls(n=source.n, title=title, url=passage.address, date=date, text=passage.text, **score, **where)
+
+
+class SourcesFound(Output):
+    """What the answer may rest on, numbered as it is to cite it; a *problem* says why there is less than there should be."""
+
+    opening: ClassVar[bool] = True
+    event: Literal["sources"] = "sources"
+    sources: tuple[SourceShown, ...]
+    problem: str | None = None
+
+
+class Cited(Output):
+    """Which sources the answer cites, and which numbers it cites that no source has."""
+
+    event: Literal["citations"] = "citations"
+    cited: tuple[int, ...]
+    unknown: tuple[int, ...] = ()
+
+
+class Ingested(Output):
+    """What became of a document that was taken in: see ``DocumentIngested``."""
+
+    event: Literal["ingested"] = "ingested"
+    document: str
+    how: str
+    title: str
+    passages: int
 
 
 class Token(Output):
@@ -103,6 +156,21 @@ class Loading(Output):
     eta_s: float | None = None
 
 
+class Queued(Output):
+    """All of *expert*'s hands are busy: this turn is the *position*-th to be begun, in about *eta_s* seconds, as far as is known."""
+
+    opening: ClassVar[bool] = True
+    event: Literal["queued"] = "queued"
+    expert: str
+    position: int = Field(ge=1)
+    eta_s: float | None = None
+
+    @property
+    def dedupe(self) -> str:
+        """Told once for each expert and place."""
+        return f"{self.turn}:queued:{self.expert}:{self.position}"
+
+
 class Usage(Output):
     """What the answer took, over all *attempts*.
 
@@ -141,10 +209,25 @@ class Failed(Output):
 
 
 AnyOutput = Annotated[
-    Routed | Token | ToolCalled | Reset | Continued | Waiting | Loading | Usage | Done | Failed,
+    Routed | Queued | SourcesFound | Cited | Ingested | Token | ToolCalled | Reset | Continued | Waiting | Loading | Usage | Done | Failed,
     Field(discriminator="event"),
 ]
-OUTPUTS: tuple[type[Output], ...] = (Routed, Token, ToolCalled, Reset, Continued, Waiting, Loading, Usage, Done, Failed)
+OUTPUTS: tuple[type[Output], ...] = (
+    Routed,
+    Queued,
+    SourcesFound,
+    Cited,
+    Ingested,
+    Token,
+    ToolCalled,
+    Reset,
+    Continued,
+    Waiting,
+    Loading,
+    Usage,
+    Done,
+    Failed,
+)
 _READER: TypeAdapter[Any] = TypeAdapter(AnyOutput)
 _MARK = b'"event":"'
 FINALS = frozenset(output.model_fields["event"].default for output in OUTPUTS if output.final)

@@ -1,4 +1,4 @@
-"""``python -m workers NAME...`` runs workers of these names in one process (``all``: every one there is)."""
+"""``python -m workers NAME...`` runs workers of these names in one process (``all``: every one there is), and the ``edge`` beside them."""
 
 import asyncio
 import signal
@@ -14,6 +14,9 @@ from capibara_flow.errors import CapibaraError
 from capibara_flow.runtime import brokers
 from capibara_flow.settings import Settings, SettingsError, load
 from topics.flow import NAMES
+
+#: No worker: the door, which takes turns and gives their answers.
+EDGE = "edge"
 
 
 async def run(names: tuple[str, ...], settings: Settings) -> None:
@@ -39,6 +42,9 @@ async def run(names: tuple[str, ...], settings: Settings) -> None:
 
 async def _start(names: tuple[str, ...], settings: Settings, stack: AsyncExitStack) -> None:
     for name in names:
+        if name == EDGE:
+            await stack.enter_async_context(wiring.edge_beside(settings))
+            continue
         broker = brokers.broker(settings, wiring.kind(name))
         needs = await stack.enter_async_context(wiring.worker_needs(name, settings))
         await import_module(f"workers.{wiring.kind(name)}").build(broker, **needs).start()
@@ -47,18 +53,24 @@ async def _start(names: tuple[str, ...], settings: Settings, stack: AsyncExitSta
 
 
 def _meant(names: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
-    """The workers that *names* stand for: ``all`` has an expert host only where the fleet has something to launch."""
+    """The workers that *names* stand for, and the edge last: nobody comes in before there are hands, or after they have come to rest.
+
+    ``all`` has an expert host only where the fleet has something to launch, and those who know documents only where these have a place.
+    """
+    edge = (EDGE,) if EDGE in names else ()
     if "all" not in names:
-        return names
-    hosted = any(wiring.is_hosted(expert) for expert in settings.experts.active)
-    return tuple(name for name in NAMES if name != "host" or hosted)
+        return (*(name for name in names if name != EDGE), *edge)
+    missing = set() if any(wiring.is_hosted(expert) for expert in settings.experts.active) else {"host"}
+    if not settings.knowledge.enabled:
+        missing |= {"retriever", "ingester"}
+    return (*(name for name in NAMES if name not in missing), *edge)
 
 
 def main() -> int:
     """The command line; returns the exit code."""
     names = tuple(sys.argv[1:])
-    if not names or not set(names) <= {*NAMES, "all"}:
-        print(f"usage: python -m workers NAME...   one or more of: all, {', '.join(NAMES)}", file=sys.stderr)
+    if not names or not set(names) <= {*NAMES, "all", EDGE}:
+        print(f"usage: python -m workers NAME...   one or more of: all, {', '.join(NAMES)}, {EDGE}", file=sys.stderr)
         return 2
     try:
         settings = load()

@@ -13,12 +13,22 @@ from faststream.specification import AsyncAPI
 from capibara_flow import __version__
 from topics.chat import CallExpert
 from topics.flow import DOOR, FLOW
-from topics.streams import Consumer, router_consumer, undertaker_consumer
+from topics.streams import Consumer, ingester_consumer, retriever_consumer, router_consumer, undertaker_consumer
 
 #: Needs that exist only once a worker runs; describing it takes none of them.
 _NEEDS: dict[str, dict[str, Any]] = {
     "router": {"fleet": None, "answers": None, "consumer": router_consumer()},
     "caller": {"engines": {}, "answers": None, "consumers": {Consumer("CF_WORK_CALL", "caller-{expert}", CallExpert.subjects()): 1}},
+    "retriever": {
+        "search": None,
+        "written": None,
+        "documents": None,
+        "remove": None,
+        "answers": None,
+        "join": None,
+        "consumer": retriever_consumer(),
+    },
+    "ingester": {"ingest": None, "deposit": None, "answers": None, "consumer": ingester_consumer()},
     "undertaker": {"answers": None, "erase": None, "consumer": undertaker_consumer()},
 }
 

@@ -2,23 +2,28 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from faststream import FastStream
 from faststream.nats import NatsBroker
 
 from capibara_flow.domain.answering import Account
 from capibara_flow.domain.continuing import Held, Way, continuing, held, limited, tokens_left, way_on
+from capibara_flow.domain.grounding import citations, grounded
 from capibara_flow.errors import BadRequest, EngineBroke, EngineFault, QueueFull, UnknownExpert
 from capibara_flow.ports import Answer, Answers, ChatEngine, Finish, Piece
 from capibara_flow.runtime.gating import Gate
 from capibara_flow.runtime.hops import Stage
+from capibara_flow.runtime.lanes import Lanes
+from capibara_flow.runtime.queues import Queues
 from capibara_flow.runtime.recalling import Recall
 from capibara_flow.runtime.work import attempt, seconds_left, tenant, tries
 from capibara_flow.telemetry import FIRST_TOKEN_SECONDS, TOKENS
 from topics.chat import CallExpert, ChatRequest, ExpertCalled
 from topics.flow import hop
+from topics.output import Cited
 from topics.streams import Consumer, Layout, subject_token
 
 HOP = hop("caller")
@@ -35,6 +40,8 @@ def build(
     gate: Callable[[Consumer], Gate | None] = lambda _: None,
     reloaded: Callable[[Serve], None] = lambda _: None,
     recall: Recall | None = None,
+    lanes: Lanes | None = None,
+    queues: Queues | None = None,
     retry_seconds: float = 2.0,
     patience_seconds: float | None = None,
     clock: Callable[[], float] = time.time,
@@ -42,9 +49,11 @@ def build(
     """Wire the caller onto *broker*: *engines* by the expert's subject token, and permits by consumer.
 
     The *gate* of a consumer is shut while others can do what this process cannot. What is given to *reloaded* is called with other
-    consumers when the fleet has changed. With *recall* an answer may be one that was given before.
+    consumers when the fleet has changed. With *recall* an answer may be one that was given before. With *queues* those who wait in
+    all *lanes* of an expert are served in turn.
     """
-    stage = Stage(broker, HOP, answers, layout=layout, retry_seconds=retry_seconds, patience_seconds=patience_seconds)
+    sharing: dict[str, Any] = {"lanes": lanes, "queues": queues}
+    stage = Stage(broker, HOP, answers, layout=layout, **sharing, retry_seconds=retry_seconds, patience_seconds=patience_seconds)
 
     async def call(command: CallExpert) -> None:
         if (engine := engines.get(command.expert)) is None:
@@ -76,7 +85,9 @@ class Attempt:
     """One try at an answer, from where earlier ones left off; *account* is there once it has begun."""
 
     def __init__(self, command: CallExpert, engine: ChatEngine, clock: Callable[[], float], recall: Recall | None = None) -> None:
-        self._command, self._engine, self._clock, self._recall = command, engine, clock, recall
+        # What the engine is asked, and what an answer is remembered by, has the sources in it.
+        asked = command.model_copy(update={"request": grounded(command.request, command.context)}) if command.context else command
+        self._command, self._engine, self._clock, self._recall = asked, engine, clock, recall
         self.account: Account | None = None
 
     async def run(self, answer: Answer) -> None:
@@ -97,7 +108,14 @@ class Attempt:
             # It takes the question, but will not go on with an answer: let it say all again.
             account = self._begin(holds, "skip")
             await self._stream(answer, holds, account)
-        await answer.finish(*account.ending(self._clock()))
+        await answer.finish(*self._cited(account), *account.ending(self._clock()))
+
+    def _cited(self, account: Account) -> Sequence[Cited]:
+        """Which of its sources the answer cites; it need not have any."""
+        if not self._command.sources:
+            return ()
+        cited, unknown = citations(account.text, [source.n for source in self._command.sources])
+        return (Cited(turn=self._command.turn, cited=cited, unknown=unknown),)
 
     def _begin(self, holds: Held, way: Way) -> Account:
         command = self._command

@@ -2,20 +2,25 @@
 
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 
 from faststream import FastStream
 from faststream.nats import NatsBroker
 
+from capibara_flow import __version__
 from capibara_flow.domain.figures import Choices
 from capibara_flow.domain.fleet import Fleet
 from capibara_flow.domain.routing import Chosen, Understood, candidates, choose, needs_reading
 from capibara_flow.domain.turns import bucket
 from capibara_flow.ports import Answers
 from capibara_flow.runtime.hops import Stage
+from capibara_flow.runtime.lanes import Lanes
+from capibara_flow.runtime.queues import Waits
 from capibara_flow.runtime.work import tenant
 from capibara_flow.telemetry import ROUTED, ROUTING_SECONDS
 from topics.chat import CallExpert, ChatRequest, Decision, PreviewRoute, RouteTurn, TurnRouted
 from topics.flow import hop
+from topics.grounding import RetrieveSources
 from topics.output import Routed
 from topics.streams import Consumer, Layout, subject_token
 
@@ -31,6 +36,11 @@ def build(
     consumer: Consumer,
     understand: Understand | None = None,
     choices: Choices | None = None,
+    configuration: Callable[[], str] = str,
+    lanes: Lanes | None = None,
+    waits: Waits | None = None,
+    has_documents: Callable[[str], bool] = lambda _: False,
+    grounding_seconds: float = 5.0,
     permits: int = 32,
     layout: Layout | None = None,
     retry_seconds: float = 2.0,
@@ -40,9 +50,13 @@ def build(
     """Wire the router onto *broker*: decide, tell the client and the log, send the turn on.
 
     *understand* reads a question where no name and no rule decides; without it, the default answers those. *choices* counts.
+    *waits* tells who has to wait for an expert.
+    *configuration* names what is decided by.
+
+    What a tenant asks who *has_documents* is grounded in them, unless the question says otherwise; that may take *grounding_seconds*.
     """
     counted = choices or Choices()
-    stage = Stage(broker, HOP, answers, layout=layout, retry_seconds=retry_seconds, patience_seconds=patience_seconds)
+    stage = Stage(broker, HOP, answers, layout=layout, lanes=lanes, retry_seconds=retry_seconds, patience_seconds=patience_seconds)
 
     async def chosen(request: ChatRequest) -> Chosen:
         now = fleet()
@@ -60,8 +74,18 @@ def build(
         decision = found.decision
         _measure(decision, seconds := clock() - started)
         counted.add(decision, seconds)
-        fact = TurnRouted(turn=command.turn, decision=decision, plan=found.plan, started=started, ended=clock())
-        await stage.say(Routed.of(command.turn, decision, found.plan), fact, _call(command, found))
+        wish = command.request.grounded
+        grounded = has_documents(tenant()) if wish is None else wish
+        plan = found.plan(grounded=grounded)
+        by = {"version": __version__, "configuration": configuration()}
+        fact = TurnRouted(turn=command.turn, decision=decision, plan=plan, started=started, ended=clock(), **by)
+        call = _call(command, found)
+        following = _grounding(call, clock() + grounding_seconds) if grounded else call
+        routed = Routed.of(command.turn, decision, plan)
+        if lanes:  # also for who sends the call later
+            await lanes.announce(call, tenant())
+        async with waits.telling(call, tenant()) if waits and following is call else nullcontext(()) as queued:
+            await stage.say(routed, *queued, fact, following)
 
     return FastStream(broker)
 
@@ -72,11 +96,16 @@ def _call(command: RouteTurn, found: Chosen) -> CallExpert:
     return CallExpert(
         turn=command.turn,
         expert=subject_token(name),
-        bucket=bucket(tenant()),
+        bucket=bucket(tenant()) if command.bucket is None else command.bucket,
+        priority=command.priority,
         request=command.request.model_copy(update={"model": name}),
         alternatives=found.alternatives,
-        plan=found.plan.after(),
     )
+
+
+def _grounding(call: CallExpert, until: float) -> RetrieveSources:
+    """Look for sources first, no longer than *until*, then do *call*."""
+    return RetrieveSources(turn=call.turn, collection=call.request.collection, call=call, until=until)
 
 
 def _measure(decision: Decision, seconds: float) -> None:

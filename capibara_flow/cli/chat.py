@@ -159,6 +159,9 @@ class Screen:
                 self._token(data.get("text") or "", data.get("reasoning") or "")
             case "tool" if data.get("name"):
                 self.note(f"⚙ wants {data['name']} called")
+            case "queued":
+                eta = f", about {data['eta_s']:g} s" if data.get("eta_s") else ""
+                self.note(f"in line at {data.get('expert')}: place {data.get('position')}{eta}")
             case "waiting":
                 self.note(f"waiting: {data.get('reason')}")
             case "reset":

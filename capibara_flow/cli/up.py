@@ -29,7 +29,15 @@ READY_SECONDS = 90.0
 STREAMS_SECONDS = 60.0
 WORKERS_GRACE_SECONDS = 2.0
 # Nobody is given more of the broker than its part needs.
-ROLES = {"streams": ("provisioner",), "workers": ("router", "caller", "undertaker"), "edge": ("edge",), "engine": ()}
+#: Where documents are kept; without it there are none.
+KNOWLEDGE_VARIABLE = "CAPIBARA_KNOWLEDGE__FOLDER"
+ROLES = {
+    "streams": ("provisioner",),
+    "workers": ("router", "caller", "retriever", "ingester", "undertaker"),
+    "edge": ("edge",),
+    "engine": (),
+}
+ROLES["together"] = (*ROLES["workers"], *ROLES["edge"])
 MODEST = "SmolLM2-135M: proves the pipeline, not answer quality. Bring a better one with --model FILE.gguf or --engine URL."
 
 Say = Callable[[str], None]
@@ -48,6 +56,7 @@ class Wish:
     state: Path = state.DEFAULT_STATE
     ready_file: Path | None = None
     log_level: str = "info"
+    together: bool = False
 
     @property
     def serves_model(self) -> bool:
@@ -88,6 +97,8 @@ class Run:
             "CAPIBARA_FLEET__FILE": str(fleet.absolute()),
             "CAPIBARA_LOG__LEVEL": self.wish.log_level,
         }
+        if importlib.util.find_spec("pymilvus") and not os.environ.get(KNOWLEDGE_VARIABLE):
+            self.environment[KNOWLEDGE_VARIABLE] = str((self.wish.state / "knowledge").absolute())
         with self.step("streams") as say:
             self.apply_streams()
             say("applied")
@@ -194,19 +205,26 @@ class Run:
     def _start_turns(self) -> None:
         # Who presses Ctrl-C in the middle of an answer does not want to see its end.
         patience = os.environ.get("CAPIBARA_WORKER__GRACEFUL_SECONDS", str(WORKERS_GRACE_SECONDS))
-        self.metrics_port = int(os.environ.get("CAPIBARA_WORKER__METRICS_PORT", "0")) or free_port("127.0.0.1")
-        own = {"CAPIBARA_WORKER__GRACEFUL_SECONDS": patience, "CAPIBARA_WORKER__METRICS_PORT": str(self.metrics_port)}
-        workers = self._child("workers", ["workers", "all"], own)
-        edge = self._child(
-            "edge", ["capibara_flow", "edge"], {"CAPIBARA_EDGE__HOST": self.wish.host, "CAPIBARA_EDGE__PORT": str(self.port)}
-        )
+        workers = {"CAPIBARA_WORKER__GRACEFUL_SECONDS": patience}
+        edge = {"CAPIBARA_EDGE__HOST": self.wish.host, "CAPIBARA_EDGE__PORT": str(self.port)}
+        self.metrics_port = int(os.environ.get("CAPIBARA_WORKER__METRICS_PORT", "0"))
+        if self.wish.together:  # the edge tells the metrics of its process, and so all of them
+            self._start_door(self._child("together", ["workers", "all", "edge"], workers | edge))
+            return
+        self.metrics_port = self.metrics_port or free_port("127.0.0.1")
+        workers["CAPIBARA_WORKER__METRICS_PORT"] = str(self.metrics_port)
         with self.step("workers") as say:
-            self.supervisor.start(workers)
-            say(f"pid {workers.pid}")
-        with self.step("edge") as say:
-            self.supervisor.start(edge)
+            child = self._child("workers", ["workers", "all"], workers)
+            self.supervisor.start(child)
+            say(f"pid {child.pid}")
+        self._start_door(self._child("edge", ["capibara_flow", "edge"], edge))
+
+    def _start_door(self, child: Child) -> None:
+        """Start the *child* that has the edge, and wait until turns are taken."""
+        with self.step(child.name) as say:
+            self.supervisor.start(child)
             self.supervisor.until(lambda: self._edge_ready(say), READY_SECONDS, "the edge was not ready")
-            say(f"{self.address}, pid {edge.pid}")
+            say(f"{self.address}, pid {child.pid}")
 
     def _edge_ready(self, say: Say) -> bool:
         try:
@@ -229,7 +247,7 @@ class Run:
             "broker": broker.url if broker else None,
             "pids": pids,
             "models": [each.name for each in self.served],
-            "metrics": [f"{self.address}/metrics", f"http://127.0.0.1:{self.metrics_port}/metrics"],
+            "metrics": [f"{self.address}/metrics"] + [f"http://127.0.0.1:{self.metrics_port}/metrics"] * bool(self.metrics_port),
         }
 
     def remember(self) -> None:

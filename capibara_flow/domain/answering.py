@@ -28,6 +28,7 @@ class Account:
         self._made = self._shown = 0
         self._tally: Tally | None = None
         self._recalled = False
+        self._text: list[str] = []
         self.finish_reason: str | None = None
 
     def take(self, piece: Piece, now: float) -> Sequence[Output]:
@@ -54,6 +55,7 @@ class Account:
         match piece:
             case Text(text, reasoning):
                 output = Token(turn=self._turn, text=text, reasoning=reasoning or None)
+                self._text.append(text)
             case ToolFragment(index, id_, name, arguments):
                 output = ToolCalled(turn=self._turn, index=index, id=id_, name=name, arguments=arguments)
             case Tally():
@@ -81,6 +83,11 @@ class Account:
     def way(self) -> Way:
         """How this attempt went on from earlier ones, as far as it is known now."""
         return self._way
+
+    @property
+    def text(self) -> str:
+        """The words that the client has."""
+        return ("" if self._way == "reset" and self._told else self._holds.text) + "".join(self._text)
 
     @property
     def untold(self) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from topics.chat import FunctionCall, ToolCall
-from topics.output import Done, Failed, Output, Reset, Routed, Token, ToolCalled, Usage
+from topics.output import Cited, Done, Failed, Ingested, Output, Reset, Routed, SourcesFound, Token, ToolCalled, Usage
 
 
 @dataclass
@@ -18,6 +18,9 @@ class Collected:
     """An answer in the making; complete when ``done`` or ``failed`` is there."""
 
     routed: Routed | None = None
+    sources: SourcesFound | None = None
+    citations: Cited | None = None
+    ingested: Ingested | None = None
     usage: Usage | None = None
     done: Done | None = None
     failed: Failed | None = None
@@ -37,6 +40,12 @@ class Collected:
                 self._text, self._reasoning, self._calls = [], [], {}
             case Routed():
                 self.routed = output
+            case SourcesFound():
+                self.sources = output
+            case Cited():
+                self.citations = output
+            case Ingested():
+                self.ingested = output
             case Usage():
                 self.usage = output
             case Done():

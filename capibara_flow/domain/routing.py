@@ -32,10 +32,10 @@ class Chosen:
     decision: Decision
     alternatives: tuple[str, ...] = ()
 
-    @property
-    def plan(self) -> Plan:
-        """The stages that the decision leads to."""
-        return Plan(steps=(Step(stage="caller", expert=self.decision.model_id),))
+    def plan(self, *, grounded: bool = False) -> Plan:
+        """The stages that the decision leads to; a *grounded* answer rests on sources, which are looked for first."""
+        before = (Step(stage="retriever"),) if grounded else ()
+        return Plan(steps=(*before, Step(stage="caller", expert=self.decision.model_id)))
 
 
 def wants(request: ChatRequest, fleet: Fleet) -> Expert | None:

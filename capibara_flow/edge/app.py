@@ -5,7 +5,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from capibara_flow.edge.completions import Completions
 from capibara_flow.edge.door import Door
 from capibara_flow.edge.openapi import document
 from capibara_flow.edge.problems import AGAIN, respond
+from capibara_flow.edge.rag import Knowledge, Refused
+from capibara_flow.edge.turns import KeptTurns
 from capibara_flow.errors import CapibaraError, Unauthorized
 from capibara_flow.telemetry import HTTP, log
 
@@ -42,7 +44,7 @@ _PREFLIGHT = {
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _Sign = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
-__all__ = ["Door", "build", "runner_of", "serve"]
+__all__ = ["Door", "build", "runner_of", "serve", "served"]
 
 
 def build(door: Door) -> web.Application:
@@ -53,13 +55,21 @@ def build(door: Door) -> web.Application:
     )
     app.on_response_prepare.append(sign)
     app.on_response_prepare.append(_guard_page)
-    native, completions, house = NativeChat(door), Completions(door), _House(door)
+    native, completions, house, kept = NativeChat(door), Completions(door), _House(door), KeptTurns(door)
     app.router.add_post("/api/chat", native.create)
     app.router.add_get("/api/chat/{turn}/events", native.events, allow_head=False)
     app.router.add_delete("/api/chat/{turn}", native.cancel)
     app.router.add_post("/v1/chat/completions", completions.create)
     app.router.add_get("/v1/chat/completions/{turn}/events", completions.events, allow_head=False)
     app.router.add_get("/v1/models", completions.models)
+    app.router.add_get("/api/turns", kept.listed, allow_head=False)
+    app.router.add_get("/api/turns/{turn}", kept.one, allow_head=False)
+    knowledge = Knowledge(door)
+    app.router.add_post("/api/rag/documents", knowledge.ingest)
+    app.router.add_get("/api/rag/documents", knowledge.listed, allow_head=False)
+    app.router.add_get("/api/rag/documents/{document}", knowledge.shown, allow_head=False)
+    app.router.add_delete("/api/rag/documents/{document}", knowledge.removed)
+    app.router.add_post("/api/rag/search", knowledge.search)
     app.router.add_post("/api/router/test", house.route)
     app.router.add_get("/health", house.health)
     app.router.add_get("/ready", house.ready)
@@ -122,6 +132,9 @@ async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse
     """Every error leaves in the shape of its dialect; only what nobody foresaw is logged as a fault."""
     try:
         return await handler(request)
+    except Refused as error:
+        said = error.refusal
+        return respond(request, said.status, said.title, said.detail, dict(AGAIN) if said.retryable else {})
     except CapibaraError as error:
         headers = dict(AGAIN) if error.retryable else {}
         if error.status == 401:
@@ -217,14 +230,23 @@ def runner_of(door: Door, *, handler_cancellation: bool = True, shutdown_timeout
     )
 
 
-async def serve(door: Door) -> None:
-    """Serve until SIGTERM or SIGINT; open streams are cut then, and resume elsewhere."""
+@contextlib.asynccontextmanager
+async def served(door: Door) -> AsyncIterator[None]:
+    """Serve for the length of a block; streams that are open at its end are cut, and resume elsewhere."""
     runner = runner_of(door)
     await runner.setup()
-    await web.TCPSite(runner, door.edge.host, door.edge.port, reuse_address=True).start()
+    try:
+        await web.TCPSite(runner, door.edge.host, door.edge.port, reuse_address=True).start()
+        log.info("edge_ready", addresses=[str(address) for address in runner.addresses])
+        yield
+    finally:
+        await runner.cleanup()
+
+
+async def serve(door: Door) -> None:
+    """Serve until SIGTERM or SIGINT."""
     stop = asyncio.Event()
-    for each in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(each, stop.set)
-    log.info("edge_ready", addresses=[str(address) for address in runner.addresses])
-    await stop.wait()
-    await runner.cleanup()
+    async with served(door):
+        for each in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(each, stop.set)
+        await stop.wait()

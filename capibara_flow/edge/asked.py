@@ -8,7 +8,7 @@ import orjson
 from aiohttp import web
 
 from capibara_flow.errors import BadRequest
-from topics.chat import ChatRequest
+from topics.chat import ChatRequest, Priority
 
 IDEMPOTENCY_KEY, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
 _LONGEST_KEY = 255
@@ -18,12 +18,16 @@ _YES, _NO = ("true", "1"), ("false", "0")
 
 @dataclass(frozen=True)
 class Terms:
-    """How a turn shall be done: within *seconds*, *attended* or not, in the *background*, once under *key* (a hash) if there is one."""
+    """How a turn shall be done: within *seconds*, *attended* or not, in the *background*, once under *key* (a hash) if there is one.
+
+    *priority* is among its tenant's own turns.
+    """
 
     seconds: float
     attended: bool = False
     key: str | None = None
     background: bool = False
+    priority: Priority = "normal"
 
     @property
     def recalled(self) -> bool:

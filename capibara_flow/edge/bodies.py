@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from topics.chat import ChatMessage, ChatRequest, Count, FunctionCall, ImagePart, ImageUrl, Sampling, Seed, TextPart, ToolCall
+from topics.chat import ChatMessage, ChatRequest, Count, FunctionCall, ImagePart, ImageUrl, Priority, Sampling, Seed, TextPart, ToolCall
+from topics.knowledge import DEFAULT_COLLECTION, Collection
 
 
 class ChatBody(BaseModel):
@@ -20,10 +21,15 @@ class ChatBody(BaseModel):
     timeout_seconds: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="The answer ends by then, counted from now; less than the server's own limit"
     )
+    priority: Priority = Field(default="normal", description="Which of your own questions go first while several wait")
     sampling: Sampling = Sampling()
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: str | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
+    grounded: bool | None = Field(
+        default=None, description="Whether the answer rests on documents; left out or `null`, it does where the router finds that useful"
+    )
+    collection: Collection = Field(default=DEFAULT_COLLECTION, description="The documents that it may rest on")
 
     @model_validator(mode="after")
     def _asks_something(self) -> Self:
@@ -49,6 +55,8 @@ class ChatBody(BaseModel):
             tools=self.tools,
             tool_choice=self.tool_choice,
             response_format=self.response_format,
+            grounded=self.grounded,
+            collection=self.collection,
         )
 
 
@@ -71,6 +79,29 @@ class RouteBody(BaseModel):
         """What would be asked."""
         messages = self.messages or (ChatMessage(role="user", content=self.query),)
         return ChatRequest(messages=messages, model=self.model)
+
+
+class DocumentBody(BaseModel):
+    """``POST /api/rag/documents`` in JSON: a *text* and what it is called."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str = Field(min_length=1, description="All of it; Markdown when the name ends in .md, say")
+    title: str | None = Field(default=None, max_length=1024)
+    address: str | None = Field(default=None, max_length=4096, description="Where it comes from; the same address again replaces it")
+    name: str | None = Field(default=None, max_length=1024, description="A file's name")
+
+
+class SearchBody(BaseModel):
+    """``POST /api/rag/search``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    query: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=20_000)] = Field(
+        description="What to look for, in any language"
+    )
+    collection: Collection = DEFAULT_COLLECTION
+    limit: int = Field(default=10, ge=1, le=100, description="At most so many sources")
 
 
 class _Tolerant(BaseModel):
@@ -137,6 +168,7 @@ class CompletionBody(_Tolerant):
     model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    priority: Priority | None = Field(default=None, description="Capibara's own: which of your own questions go first while several wait")
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = Field(default=None, description="Not offered yet: true is refused")
     temperature: float | None = Field(default=None, ge=0, le=2)

@@ -1,6 +1,5 @@
 """The native dialect: typed server-sent events, or one JSON object."""
 
-import json
 import time
 from contextlib import aclosing
 from typing import Any, cast
@@ -8,7 +7,6 @@ from typing import Any, cast
 from aiohttp import web
 
 from capibara_flow.domain.collecting import Collected
-from capibara_flow.domain.turns import created
 from capibara_flow.edge import sse
 from capibara_flow.edge.asked import Place, Terms, flag, idempotency_key, resume_point
 from capibara_flow.edge.bodies import ChatBody
@@ -32,16 +30,20 @@ class NativeChat:
     async def create(self, request: web.Request) -> web.StreamResponse:
         """``POST /api/chat``."""
         since = time.monotonic()
+        opened, greeting = await self._opened(request)
+        with counted(since, replayed=opened.replayed) as ending:
+            if greeting is None:
+                return await self._whole(opened, ending)
+            return await self._stream(request, opened, ending, greeting=greeting)
+
+    async def _opened(self, request: web.Request) -> tuple[Opened, bytes | None]:
+        """The turn that *request* asks for, and how its stream begins if it is to be one; what was asked is not kept that long."""
         identity = self._door.identify(request)
         body = await self._door.read(request, ChatBody)
         asked = body.request()
         self._door.check(asked)
         opened = await self._door.open(asked, identity, self._terms(request, body, identity))
-        with counted(since, replayed=opened.replayed) as ending:
-            if not body.stream:
-                return await self._whole(opened, ending)
-            first = {"turn": opened.turn, "created": created(opened.turn), "principal": identity.principal}
-            return await self._stream(request, opened, ending, greeting=b"event: turn\ndata: %s\n\n" % json.dumps(first).encode())
+        return opened, sse.greeting(opened.turn, identity.principal) if body.stream else None
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """``GET /api/chat/{turn}/events``: go on after ``Last-Event-ID`` (or ``?after=``), on any edge."""
@@ -67,7 +69,7 @@ class NativeChat:
         if body.timeout_seconds is not None and body.timeout_seconds > most:
             raise BadRequest(f"timeout_seconds: must be at most {most:g}")
         attended = body.stream and not body.background
-        return Terms(body.timeout_seconds or most, attended, idempotency_key(request, identity.tenant), body.background)
+        return Terms(body.timeout_seconds or most, attended, idempotency_key(request, identity.tenant), body.background, body.priority)
 
     async def _stream(
         self, request: web.Request, opened: Opened, ending: Ending, *, greeting: bytes = b"", place: Place = _BEGINNING
@@ -106,7 +108,8 @@ def _as_object(turn: str, collected: Collected, done: Done) -> dict[str, Any]:
         answer["reasoning"] = collected.reasoning
     if collected.tool_calls:
         answer["tool_calls"] = [call.model_dump() for call in collected.tool_calls]
-    for name, event in (("routed", collected.routed), ("usage", collected.usage)):
-        if event:
-            answer[name] = event.model_dump(exclude={"turn", "event"})
+    told = {"routed": collected.routed, "citations": collected.citations, "usage": collected.usage}
+    answer |= {name: event.model_dump(exclude={"turn", "event"}) for name, event in told.items() if event}
+    if collected.sources:
+        answer["sources"] = [source.model_dump() for source in collected.sources.sources]
     return answer

@@ -36,17 +36,22 @@ class Completions:
     async def create(self, request: web.Request) -> web.StreamResponse:
         """``POST /v1/chat/completions``."""
         since = time.monotonic()
+        opened, chunks = await self._opened(request)
+        with counted(since, replayed=opened.replayed) as ending:
+            if chunks is None:
+                return await self._whole(opened, ending)
+            return await self._stream(request, opened, ending, chunks, chunks.encode)
+
+    async def _opened(self, request: web.Request) -> tuple[Opened, "Chunks | None"]:
+        """The turn that *request* asks for, and its chunks if it is to be streamed; what was asked is not kept that long."""
         identity = self._door.identify(request)
         body = await self._door.read(request, CompletionBody)
         asked = body.request()
         self._door.check(asked)
-        terms = Terms(self._door.edge.turn_seconds, bool(body.stream), idempotency_key(request, identity.tenant))
+        key, priority = idempotency_key(request, identity.tenant), body.priority or "normal"
+        terms = Terms(self._door.edge.turn_seconds, bool(body.stream), key, priority=priority)
         opened = await self._door.open(asked, identity, terms)
-        with counted(since, replayed=opened.replayed) as ending:
-            if not body.stream:
-                return await self._whole(opened, ending)
-            chunks = Chunks(opened.turn, body.model or "auto", usage=body.wants_usage)
-            return await self._stream(request, opened, ending, chunks, chunks.encode)
+        return opened, Chunks(opened.turn, body.model or "auto", usage=body.wants_usage) if body.stream else None
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """``GET /v1/chat/completions/{turn}/events``: go on after ``Last-Event-ID`` (or ``?after=``), on any edge.

@@ -4,6 +4,7 @@ import secrets
 import time
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 from aiohttp import web
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from capibara_flow.domain.collecting import Collected
 from capibara_flow.domain.fleet import Fleet
 from capibara_flow.domain.routing import candidates
-from capibara_flow.domain.turns import belongs, created, is_turn_id, turn_id
+from capibara_flow.domain.turns import belongs, created, is_turn_id, own_buckets, turn_id
 from capibara_flow.edge.asked import REPLAYED, Terms, digest
 from capibara_flow.edge.identity import identify
 from capibara_flow.edge.problems import explained
@@ -59,10 +60,15 @@ class Door:
     auth: AuthSettings
     turn_age: float = 3600.0
 
+    @cached_property
+    def _buckets(self) -> dict[str, int]:
+        """The buckets of the tenants that are known here."""
+        return own_buckets(key.tenant for key in self.auth.keys)
+
     async def read(self, request: web.Request, model: type[Body]) -> Body:
         """The request's body as *model*; raises ``BadRequest``, and 413 when it is too large."""
         try:
-            raw = await request.read()
+            raw = await _body(request, self.edge.max_body_bytes)
         except web.RequestPayloadError as error:
             raise BadRequest("the body cannot be read: it ends too early or is not encoded as its headers say") from error
         if not raw.strip():
@@ -88,7 +94,7 @@ class Door:
         Raises ``QueueFull``, ``BrokerUnavailable``, ``KeyReused``, and ``TurnGone`` for a turn of before.
         """
         now = time.time()
-        turn = ours = self._new_turn(now, identity)
+        turn = ours = self.new_turn(now, identity)
         deadline = now + terms.seconds
         if terms.key is not None:
             turn, deadline = await self.turns.claim(terms.key, digest(request), ours, deadline)
@@ -96,15 +102,17 @@ class Door:
             return replace(await self.follow(turn), replayed=True)
         # Who claimed the key may have died before the turn was on its way: it is sent once, however often we say so.
         kinds = {"attended": terms.attended, "recalled": terms.recalled}
-        feed = await self.turns.open(RouteTurn(turn=turn, request=request), identity, deadline, **kinds)
+        command = RouteTurn(turn=turn, request=request, bucket=self._buckets.get(identity.tenant), priority=terms.priority)
+        feed = await self.turns.open(command, identity, deadline, **kinds)
         return Opened(turn, feed, deadline, replayed=turn != ours)
 
     async def preview(self, request: ChatRequest, identity: Identity) -> Decision:
         """Who would answer, and why; raises what ``check`` raises, and ``BrokerUnavailable``."""
         self.check(request)
-        return await self.turns.preview(self._new_turn(time.time(), identity), request)
+        return await self.turns.preview(self.new_turn(time.time(), identity), request)
 
-    def _new_turn(self, now: float, identity: Identity) -> str:
+    def new_turn(self, now: float, identity: Identity) -> str:
+        """An id for a turn of *identity* that begins *now*."""
         return turn_id(milliseconds=int(now * 1000), entropy=secrets.token_bytes(10), tenant=identity.tenant)
 
     def own(self, request: web.Request) -> str:
@@ -121,13 +129,30 @@ class Door:
         age = time.time() - created(turn)
         if abs(age) < self.edge.turn_seconds or await self.turns.exists(turn):
             return turn
+        if abs(age) < self._longest and await self.turns.known(turn):
+            return turn
         if age < self.turn_age:
             raise TurnUnknown("there is no such turn, or its output is no longer kept")
         raise TurnGone(f"output is kept for {self.turn_age:g} s, and this turn is older")
 
     async def follow(self, turn: str, after: int = 0) -> Opened:
         """Go on reading *turn* after sequence *after*; raises ``TurnUnknown``, ``TurnGone`` or ``BrokerUnavailable``."""
-        return Opened(turn, await self.turns.follow(turn, after), created(turn) + self.edge.turn_seconds, replayed=False)
+        return Opened(turn, await self.turns.follow(turn, after), created(turn) + self._longest, replayed=False)
+
+    @property
+    def _longest(self) -> float:
+        """How long any turn may last, of whatever kind it is."""
+        return max(self.edge.turn_seconds, self.edge.ingest_seconds)
+
+
+async def _body(request: web.Request, most: int) -> bytes:
+    """As ``request.read()``, which would keep it as long as there is the request: to the end of the answer."""
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > most:
+            raise web.HTTPRequestEntityTooLarge(most)
+    return bytes(body)
 
 
 async def collect(feed: Feed) -> Collected:

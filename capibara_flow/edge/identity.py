@@ -4,11 +4,12 @@ import hmac
 
 from aiohttp import web
 
+from capibara_flow.domain import turns
 from capibara_flow.errors import Unauthorized
 from capibara_flow.ports import Identity
 from capibara_flow.settings import AuthSettings
 
-ANONYMOUS = "anonymous"
+ANONYMOUS = turns.ANONYMOUS
 
 
 def identify(request: web.Request, auth: AuthSettings) -> Identity:

@@ -7,8 +7,10 @@ from pydantic.json_schema import models_json_schema
 
 from capibara_flow import __version__
 from capibara_flow.edge.asked import IDEMPOTENCY_KEY, REPLAYED
-from capibara_flow.edge.bodies import ChatBody, CompletionBody, RouteBody
+from capibara_flow.edge.bodies import ChatBody, CompletionBody, DocumentBody, RouteBody, SearchBody
 from topics.chat import Decision
+from topics.grounding import DocumentFacts
+from topics.knowledge import DEFAULT_COLLECTION
 from topics.output import OUTPUTS
 
 _TURN = {"name": "turn", "in": "path", "required": True, "schema": {"type": "string", "minLength": 32, "maxLength": 32}}
@@ -23,6 +25,7 @@ _CHUNK = {"required": False, "description": "The last id that was read", "schema
 _HEADER, _QUERY = {"name": "Last-Event-ID", "in": "header"}, {"name": "after", "in": "query"}
 _ERASE = {"name": "erase", "in": "query", "required": False, "schema": {"type": "boolean", "default": False}}
 _USAGE = {"name": "include_usage", "in": "query", "required": False, "schema": {"type": "boolean", "default": False}}
+_DOCUMENT = {"name": "document", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[0-9a-f]{1,64}$"}}
 _ONCE = {
     "name": IDEMPOTENCY_KEY,
     "in": "header",
@@ -30,6 +33,17 @@ _ONCE = {
     "description": f"The same key with the same request again reads the turn of the first one ({REPLAYED}: true); with another, 422",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]*$"},
 }
+
+_LIMIT = {"name": "limit", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}}
+_SINCE = {
+    "name": "since",
+    "in": "query",
+    "required": False,
+    "description": "How long ago at most: 90s, 15m, 1h, 2d",
+    "schema": {"type": "string", "pattern": r"^\d{1,9}(\.\d{1,3})?[smhd]?$"},
+}
+_FILTERS = [{"name": name, "in": "query", "required": False, "schema": {"type": "string"}} for name in ("expert", "outcome")]
+_FORMAT = {"name": "format", "in": "query", "required": False, "schema": {"type": "string", "enum": ["json", "svg", "html"]}}
 
 
 def _body(name: str) -> dict[str, Any]:
@@ -48,6 +62,13 @@ def _gone(error: dict[str, Any]) -> dict[str, Any]:
     return error | {"description": "What went wrong; 404: there is no such turn, 410: what is asked for is no longer kept"}
 
 
+def _query(name: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"name": name, "in": "query", "required": False, "schema": schema or {"type": "string"}}
+
+
+_COLLECTION = _query("collection", {"type": "string", "pattern": r"^[\w.-]{1,64}$", "default": DEFAULT_COLLECTION})
+_SAID = [_query(name) for name in ("name", "title", "address")]
+_WAIT = _query("wait", {"type": "boolean", "default": False})
 _PROBLEM = _answer("What went wrong", "application/problem+json")
 _ERROR = _answer("What went wrong", "application/json")
 _CHAT = {"200": _answer("The answer", "text/event-stream", "application/json"), "4XX": _PROBLEM, "5XX": _PROBLEM}
@@ -70,6 +91,77 @@ _PATHS: dict[str, Any] = {
                 "200": _answer("It is erased: how many stored messages that were", "application/json"),
                 "202": _answer("It is being stopped", "application/json"),
                 "4XX": _gone(_PROBLEM),
+                "5XX": _PROBLEM,
+            },
+        }
+    },
+    "/api/turns": {
+        "get": {
+            "summary": "The newest turns of the key's tenant that are kept; it needs a key",
+            "parameters": [_LIMIT, _SINCE, *_FILTERS],
+            "responses": {"200": _answer("turns, and whether there may be more", "application/json"), "4XX": _PROBLEM, "5XX": _PROBLEM},
+        }
+    },
+    "/api/turns/{turn}": {
+        "get": {
+            "summary": "What happened in a turn, and when: as JSON, or as a picture or page by format or Accept",
+            "parameters": [_TURN, _FORMAT],
+            "responses": {
+                "200": _answer("The timeline", "application/json", "image/svg+xml", "text/html"),
+                "4XX": _PROBLEM,
+                "5XX": _PROBLEM,
+            },
+        }
+    },
+    "/api/rag/documents": {
+        "post": {
+            "summary": "Bring documents: files of a form, one bare body with a name, or a text in JSON; each is taken in as a turn",
+            "parameters": [_COLLECTION, *_SAID, _WAIT],
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "multipart/form-data": {"schema": {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}},
+                    "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+                    **_json("DocumentBody")["content"],
+                },
+            },
+            "responses": {
+                "200": _answer("With wait: nothing new; or the one document's events", "application/json", "text/event-stream"),
+                "201": _answer("With wait: what became of each document", "application/json"),
+                "202": _answer("For each document its turn, and where to follow it", "application/json"),
+                "4XX": _PROBLEM,
+                "5XX": _PROBLEM,
+            },
+        },
+        "get": {
+            "summary": "The documents of a collection, by id",
+            "parameters": [
+                _COLLECTION,
+                _query("limit", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}),
+                _query("after"),
+            ],
+            "responses": {"200": _answer("documents, and what to go on after", "application/json"), "4XX": _PROBLEM, "5XX": _PROBLEM},
+        },
+    },
+    "/api/rag/documents/{document}": {
+        "get": {
+            "summary": "One document's facts",
+            "parameters": [_DOCUMENT, _COLLECTION],
+            "responses": {"200": _json("DocumentFacts") | {"description": "The document"}, "4XX": _PROBLEM, "5XX": _PROBLEM},
+        },
+        "delete": {
+            "summary": "Remove a document from every store",
+            "parameters": [_DOCUMENT, _COLLECTION],
+            "responses": {"200": _answer("It is gone", "application/json"), "4XX": _PROBLEM, "5XX": _PROBLEM},
+        },
+    },
+    "/api/rag/search": {
+        "post": {
+            "summary": "What would ground an answer, the best first; more than five sources in TOON to who accepts it",
+            "requestBody": _body("SearchBody"),
+            "responses": {
+                "200": _answer("The sources, and how long that took", "application/json", "application/toon"),
+                "4XX": _PROBLEM,
                 "5XX": _PROBLEM,
             },
         }
@@ -120,7 +212,8 @@ _PATHS: dict[str, Any] = {
 @cache
 def document() -> dict[str, Any]:
     """The whole document."""
-    taken, given = (ChatBody, CompletionBody, RouteBody), (*OUTPUTS, Decision)
+    taken = (ChatBody, CompletionBody, RouteBody, DocumentBody, SearchBody)
+    given = (*OUTPUTS, Decision, DocumentFacts)
     models: list[Any] = [*((model, "validation") for model in taken), *((model, "serialization") for model in given)]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
     return {

@@ -1,11 +1,13 @@
 """Writing server-sent events: everything that is there goes out in one write, and a dead or stalled client is let go."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
 
+from capibara_flow.domain.turns import created
 from capibara_flow.edge.asked import Place
 from capibara_flow.ports import Batch, Feed
 from capibara_flow.telemetry import OPEN_STREAMS
@@ -29,6 +31,12 @@ def native(batch: Batch, had: int = 0) -> bytes:
         return end
     lines = [(number, line) for number, line in enumerate(before, 1) if number > had]
     return b"".join(b"id: %d-%d\nevent: %b\ndata: %b\n\n" % (batch.sequence, n, event_of(line).encode(), line) for n, line in lines) + end
+
+
+def greeting(turn: str, principal: str) -> bytes:
+    """The first event for who opens a turn natively; nobody keeps it, so it has no id."""
+    first = {"turn": turn, "created": created(turn), "principal": principal}
+    return b"event: turn\ndata: %s\n\n" % json.dumps(first).encode()
 
 
 def behind(place: Place) -> Encode:

@@ -7,10 +7,11 @@ from nats.errors import Error as NatsError
 
 from capibara_flow.domain.turns import created, is_turn_id
 from capibara_flow.errors import TurnGone, TurnUnknown
+from capibara_flow.runtime.bucket import marker, removed
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.output import OUT, last_message, one_message
 from topics.output import event_of
-from topics.streams import Consumer, router_consumer
+from topics.streams import READERS, Consumer, due_key, router_consumer
 
 _SURE = 0.25  # seconds between two looks for somebody at work: a replica may lag behind
 
@@ -64,13 +65,18 @@ class Kept:
         """Return when output of *turn* is stored, or somebody may still make some; raises ``TurnUnknown`` or ``BrokerUnavailable``.
 
         A router lets go of a turn only when its first output is stored. So a turn of which nothing is stored while no router has
-        anything to do was erased, or never was.
+        anything to do was erased, or never was, unless it is one that is to end by a time: a document that waits to be taken in, say.
         """
         for pause in (0, _SURE):
             await asyncio.sleep(pause)
-            if await self.exists(turn) or await self._busy() or await self.exists(turn):
+            if await self.exists(turn) or await self._due(turn) or await self._busy() or await self.exists(turn):
                 return
         raise TurnUnknown("there is no such turn: nothing of it is kept, and nobody works on it")
+
+    async def _due(self, turn: str) -> bool:
+        """Whether it is remembered that *turn* has to end by a time that is still to come; raises ``BrokerUnavailable``."""
+        last = await last_message(self._client, due_key(turn), READERS)
+        return last is not None and not removed(last) and not marker(last)
 
     async def _busy(self) -> bool:
         """Whether routers have work, or it cannot be told."""

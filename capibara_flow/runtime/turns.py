@@ -1,9 +1,9 @@
 """The door's side of the broker: publish a turn, follow its output from any machine, stop it, have it erased."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
@@ -12,9 +12,11 @@ from pydantic import ValidationError
 
 from capibara_flow.domain.reading import Cursor, Verdict
 from capibara_flow.errors import BrokerUnavailable, QueueFull, TooLarge, TurnUnknown
-from capibara_flow.ports import Batch, Feed, Identity, Take
+from capibara_flow.ports import Batch, Entry, Feed, Identity, Reply, Take
 from capibara_flow.runtime.attending import Attendance, Seat
 from capibara_flow.runtime.client import TokenClient, header
+from capibara_flow.runtime.depositing import Deposit
+from capibara_flow.runtime.history import History
 from capibara_flow.runtime.kept import Kept
 from capibara_flow.runtime.keys import Keys
 from capibara_flow.runtime.output import FULL, OUT, cancel, fits, publish_once, stored
@@ -22,11 +24,10 @@ from capibara_flow.runtime.reports import reports_or_none
 from capibara_flow.runtime.room import Room
 from capibara_flow.telemetry import log
 from topics.chat import EXPIRED, ChatRequest, Decision, Erased, EraseTurn, PreviewRoute, RouteTurn
-from topics.message import DEADLINE, PRINCIPAL, TENANT, Message, Part, Request
+from topics.grounding import IngestDocument
+from topics.message import DEADLINE, PRINCIPAL, TENANT, Message, Request
 from topics.output import FINALS, event_of
 from topics.streams import Consumer
-
-Reply = TypeVar("Reply", bound=Part)
 
 _MOST_PENDING = 2000
 _ERASE_SECONDS = 20.0
@@ -220,6 +221,8 @@ class NatsTurns:
         self._attendance = Attendance(client, abandon_seconds)
         self._kept = Kept(client, turn_age, consumers)
         self._keys = Keys(client)
+        self._deposit = Deposit(client)
+        self._history = History(client)
         self._room = Room(client, consumers)
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = self._following = 0
@@ -230,9 +233,10 @@ class NatsTurns:
         self._room.rely_on(self._consumers)
 
     async def open(
-        self, command: RouteTurn, identity: Identity, deadline: float, *, attended: bool = False, recalled: bool = False
+        self, command: RouteTurn | IngestDocument, identity: Identity, deadline: float, *, attended: bool = False, recalled: bool = False
     ) -> Feed:
-        await self._room.check()
+        if isinstance(command, RouteTurn):
+            await self._room.check()
         follower = Follower(self._client, command.turn, "main", 0)
         seat = Seat(self._attendance, command.turn, self._expire)
         await follower.start()
@@ -344,6 +348,12 @@ class NatsTurns:
         asked = PreviewRoute(turn=turn, request=request)
         return await self._asked(asked, Decision, _PREVIEW_SECONDS, nobody, "no router answers now; ask again")
 
+    async def deposit(self, turn: str, data: AsyncIterable[bytes], most: int) -> tuple[int, int]:
+        return await self._deposit.put(turn, data, most)
+
+    async def ask(self, request: Request, reply: type[Reply], *, seconds: float, nobody: str) -> Reply:
+        return await self._asked(request, reply, seconds, nobody, "no answer came in time; ask again")
+
     async def _asked(self, request: Request, reply: type[Reply], seconds: float, nobody: str, late: str) -> Reply:
         """The reply to *request*; raises ``BrokerUnavailable``, and says why nobody replied, or too *late*, or not as expected."""
         body = request.model_dump_json(exclude_none=True).encode()
@@ -387,6 +397,12 @@ class NatsTurns:
         except (NatsError, TimeoutError) as error:
             return f"broker: {error!r}"
         return None if info.num_waiting or info.num_ack_pending else "no worker is taking work"
+
+    async def record(self, turn: str) -> Sequence[Entry]:
+        return (await self._history.of(turn)).entries
+
+    def newest(self, *, since: float = 0.0) -> AsyncIterator[Entry]:
+        return self._history.newest(since=since)
 
     def facts(self) -> dict[str, Any]:
         return {"turns_opened": self._opened, "streams_open": self._following, "connected": self._client.is_connected}

@@ -93,6 +93,11 @@ class Understanding:
         vector = (await self._tools.embedder.embed([text]))[0]
         return await asyncio.to_thread(learned.read, text, vector)
 
+    @property
+    def routes(self) -> Routes | None:
+        """What questions are read by; none where nothing has to be read."""
+        return self._watched.value if self._watched else None
+
     def facts(self) -> dict[str, Any]:
         """Which model and which version of the routes is in use, and why a newer one is not; for reports."""
         model = self._tools.embedder.model if self._tools else None

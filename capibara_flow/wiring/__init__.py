@@ -1,14 +1,15 @@
 """Settings become engines, connections, workers' needs and the door: the only place that names concrete engines."""
 
 import gc
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import uvloop
 
 from capibara_flow import telemetry
 from capibara_flow.domain.fleet import Fleet
-from capibara_flow.edge.app import Door, serve
+from capibara_flow.edge.app import Door, serve, served
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.turns import NatsTurns
 from capibara_flow.settings import Settings
@@ -21,6 +22,7 @@ __all__ = [
     "connected",
     "consumers",
     "door",
+    "edge_beside",
     "expert_consumers",
     "is_hosted",
     "kind",
@@ -45,6 +47,15 @@ async def _edge(settings: Settings) -> None:
         entrance = await door(settings, client, stack)
         settle_in()
         await serve(entrance)
+
+
+@asynccontextmanager
+async def edge_beside(settings: Settings) -> AsyncIterator[None]:
+    """The door, served for the length of a block on a loop that is somebody else's: signals and the collector are his."""
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(connected(settings, "edge"))
+        await stack.enter_async_context(served(await door(settings, client, stack)))
+        yield
 
 
 async def door(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Door:

@@ -9,7 +9,16 @@ from capibara_flow.domain.fleet import Expert, Fleet
 from capibara_flow.runtime import connection, provision
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.settings import Settings
-from topics.streams import Consumer, Layout, absence_consumer, caller_consumer, router_consumer, undertaker_consumer
+from topics.streams import (
+    Consumer,
+    Layout,
+    absence_consumer,
+    caller_consumer,
+    ingester_consumer,
+    retriever_consumer,
+    router_consumer,
+    undertaker_consumer,
+)
 
 
 def layout(settings: Settings) -> Layout:
@@ -44,7 +53,7 @@ async def apply_streams(settings: Settings) -> list[str]:
     """Make the broker agree with the map; a line for everything done."""
     async with connected(settings, "provisioner") as client:
         jetstream = client.jetstream(timeout=15)
-        house = (tuned(undertaker_consumer(), settings), absence_consumer())
+        house = (*(tuned(each(), settings) for each in (undertaker_consumer, retriever_consumer, ingester_consumer)), absence_consumer())
         return await provision.apply(jetstream, layout(settings), (*consumers(settings), *house))
 
 

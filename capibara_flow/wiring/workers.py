@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from capibara_flow.domain.configuration import digest
 from capibara_flow.domain.figures import Choices
 from capibara_flow.domain.fleet import Expert, Fleet
+from capibara_flow.domain.routes import Routes
 from capibara_flow.engines.embeddings.build import build_embedder
 from capibara_flow.engines.host.host import HostedEngine, build_host
 from capibara_flow.engines.pools import Pools
@@ -17,8 +19,14 @@ from capibara_flow.engines.weights import located
 from capibara_flow.runtime.answers import FencedAnswers
 from capibara_flow.runtime.cache import AnswerCache
 from capibara_flow.runtime.client import TokenClient
+from capibara_flow.runtime.depositing import Deposit
 from capibara_flow.runtime.erasing import erase
 from capibara_flow.runtime.gating import Gate, Gatekeeper
+from capibara_flow.runtime.holdings import Holdings
+from capibara_flow.runtime.joining import Join
+from capibara_flow.runtime.lanes import Lanes
+from capibara_flow.runtime.peers import QUEUE, Peers
+from capibara_flow.runtime.queues import Queues, Waits
 from capibara_flow.runtime.readers import Absences
 from capibara_flow.runtime.recalling import Recall
 from capibara_flow.runtime.reports import Reporter, reports_or_none, this_process
@@ -26,9 +34,19 @@ from capibara_flow.runtime.understanding import Tools, Understanding
 from capibara_flow.runtime.watching import Watched
 from capibara_flow.settings import ROUTES, Settings, read_routes
 from capibara_flow.wiring.fleets import is_hosted, watched_fleet
+from capibara_flow.wiring.knowledge import library
 from capibara_flow.wiring.streams import connected, expert_consumers, layout, tuned
 from topics.flow import kind
-from topics.streams import Consumer, every_stream, router_consumer, subject_token, undertaker_consumer
+from topics.streams import (
+    Consumer,
+    every_stream,
+    ingester_consumer,
+    retriever_consumer,
+    router_consumer,
+    served,
+    subject_token,
+    undertaker_consumer,
+)
 
 Needs = dict[str, Any]
 Serve = Callable[[Mapping[Consumer, int]], Awaitable[None]]
@@ -57,9 +75,29 @@ async def _router_needs(settings: Settings, client: TokenClient, stack: AsyncExi
     fleet = await watched_fleet(settings, stack, follow)
     await follow(fleet.value)
     _reporter(client, "router", lambda: choices.facts() | understanding.facts() | {"fleet_file": fleet.facts()}, stack)
+    lanes, peers, weights = await _neighbours(settings, client, stack)
+    holdings = Holdings(partial(reports_or_none, client))
+    holdings.start()
+    stack.push_async_callback(holdings.stop)
+    grounding = {"has_documents": holdings, "grounding_seconds": settings.knowledge.seconds}
+    waiting = {"lanes": lanes, "waits": Waits(client, peers, lanes, weights)}
     consumer = tuned(router_consumer(), settings)
     needs = {"understand": understanding, "choices": choices, "consumer": consumer, "permits": settings.worker.router_permits}
-    return {"fleet": lambda: fleet.value, **needs}
+    needs |= grounding | waiting
+    return {"fleet": lambda: fleet.value, "configuration": _digest(lambda: (fleet.value, understanding.routes)), **needs}
+
+
+def _digest(configured: Callable[[], tuple[Fleet, Routes | None]]) -> Callable[[], str]:
+    """The digest of what is *configured*, computed anew only when that is something else."""
+    known: list[tuple[Fleet, Routes | None, str]] = []
+
+    def current() -> str:
+        fleet, routes = configured()
+        if not known or known[0][0] is not fleet or known[0][1] is not routes:
+            known[:] = [(fleet, routes, digest(fleet, routes if fleet.policy else None))]
+        return known[0][2]
+
+    return current
 
 
 def _tools(settings: Settings) -> Tools:
@@ -76,21 +114,25 @@ async def _caller_needs(settings: Settings, client: TokenClient, stack: AsyncExi
     stack.push_async_callback(pools.aclose)
     gates = Gatekeeper(this_process(), pools.available, partial(reports_or_none, client))
     stack.push_async_callback(gates.stop)
-    reporter = _reporter(client, "caller", lambda: {"experts": pools.facts(), "fleet_file": fleet.facts()}, stack)
+    lanes, queues = await _queues(settings, client, stack, this_process())
+    facts = {"experts": pools.facts, "fleet_file": fleet.facts, QUEUE: queues.facts}
+    reporter = _reporter(client, "caller", lambda: {name: tell() for name, tell in facts.items()}, stack)
+    queues.on_change = reporter.changed
 
     def changed() -> None:
         gates.look()
         reporter.changed()
 
     def gate(consumer: Consumer) -> Gate | None:
-        pool = pools.get(consumer.durable.removeprefix("caller-"))
+        pool = pools.get(served(consumer)[0])
         return gates.gate(pool.expert) if pool else None
 
     pools.on_change = changed
     pools.start()
     gates.start()
     consumers = serving.begin(fleet.value)
-    return {"engines": pools, "consumers": consumers, "gate": gate, "reloaded": serving.follow, "recall": _recall(settings, client, fleet)}
+    own = {"gate": gate, "recall": _recall(settings, client, fleet), "lanes": lanes, "queues": queues}
+    return {"engines": pools, "consumers": consumers, "reloaded": serving.follow, **own}
 
 
 async def _host_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Needs:
@@ -108,9 +150,13 @@ async def _host_needs(settings: Settings, client: TokenClient, stack: AsyncExitS
     host = build_host((), settings.host)
     stack.push_async_callback(host.aclose)
     reload(fleet.value)
-    _reporter(client, "caller", lambda: {"host": host.facts(), "fleet_file": fleet.facts()}, stack, "host")
+    lanes, queues = await _queues(settings, client, stack, f"{this_process()}-host")
+    facts = {"host": host.facts, "fleet_file": fleet.facts, QUEUE: queues.facts}
+    reporter = _reporter(client, "caller", lambda: {name: tell() for name, tell in facts.items()}, stack, "host")
+    queues.on_change = reporter.changed
     consumers = serving.begin(fleet.value)
-    return {"engines": engines, "consumers": consumers, "reloaded": serving.follow, "recall": _recall(settings, client, fleet)}
+    own = {"recall": _recall(settings, client, fleet), "lanes": lanes, "queues": queues}
+    return {"engines": engines, "consumers": consumers, "reloaded": serving.follow, **own}
 
 
 async def _undertaker_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Needs:
@@ -125,7 +171,50 @@ async def _undertaker_needs(settings: Settings, client: TokenClient, stack: Asyn
     return {"consumer": tuned(undertaker_consumer(), settings), "erase": erasing, **patience}
 
 
-_OWN_NEEDS = {"router": _router_needs, "caller": _caller_needs, "host": _host_needs, "undertaker": _undertaker_needs}
+async def _retriever_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Needs:
+    found = await stack.enter_async_context(library(settings.knowledge))
+    _reporter(client, "retriever", found.facts, stack)
+    knowledge = settings.knowledge
+    limits = {"limit": knowledge.sources, "permits": knowledge.permits, "consumer": tuned(retriever_consumer(), settings)}
+    deeds = {"search": found.search, "written": found.written, "documents": found.listed, "remove": found.remove}
+    return {**deeds, **limits, "join": Join(client), "lanes": Lanes(client)}
+
+
+async def _ingester_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Needs:
+    found = await stack.enter_async_context(library(settings.knowledge))
+    _reporter(client, "ingester", found.facts, stack)
+    consumer, permits = tuned(ingester_consumer(), settings), settings.knowledge.ingest_permits
+    return {"ingest": found.take_in, "deposit": Deposit(client), "consumer": consumer, "permits": permits}
+
+
+_OWN_NEEDS = {
+    "router": _router_needs,
+    "caller": _caller_needs,
+    "host": _host_needs,
+    "retriever": _retriever_needs,
+    "ingester": _ingester_needs,
+    "undertaker": _undertaker_needs,
+}
+
+
+# --- who waits for an expert ----------------------------------------------------------------------------------
+
+
+async def _neighbours(
+    settings: Settings, client: TokenClient, stack: AsyncExitStack, process: str = ""
+) -> tuple[Lanes, Peers, Mapping[str, float]]:
+    """The lanes of all experts, what callers report (*process* is ourselves), and the weights of tenants."""
+    lanes, peers = Lanes(client), Peers(client, (process,))
+    for each in (lanes, peers):
+        await each.start()
+        stack.push_async_callback(each.stop)
+    return lanes, peers, settings.worker.tenant_weights
+
+
+async def _queues(settings: Settings, client: TokenClient, stack: AsyncExitStack, process: str) -> tuple[Lanes, Queues]:
+    """What the pumps of this *process* share, and the lanes that they take from."""
+    lanes, peers, weights = await _neighbours(settings, client, stack, process)
+    return lanes, Queues(lanes, peers, weights)
 
 
 # --- the fleet, as it changes ---------------------------------------------------------------------------------

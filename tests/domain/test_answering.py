@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from capibara_flow.domain.answering import Account
 from capibara_flow.domain.continuing import Held, held
 from capibara_flow.ports import Finish, Load, Piece, Tally, Text, ToolFragment
+from topics.chat import ExpertCalled
 from topics.output import Done, Loading, Token, ToolCalled
 
 T = "T"
@@ -93,3 +94,10 @@ def test_news_of_loading_does_not_disturb_an_answer_that_is_said_again() -> None
     outputs = [output for piece in (Load(), Text("a"), Load(), Text("b"), Text("c")) for output in taken.take(piece, 101.0)]
     assert taken.way == "skip"
     assert [each.event for each in outputs] == ["loading", "loading", "continued", "token"]
+
+
+def test_two_experts_may_bear_the_same_number_of_an_attempt_and_both_are_told():
+    facts = {"turn": "T", "branch": "main", "attempt": 1, "outcome": "stop", "started": 1.0, "ended": 2.0}
+    one, other = ExpertCalled(**facts, expert="phi"), ExpertCalled(**facts, expert="mixtral")
+    assert one.dedupe != other.dedupe
+    assert one.dedupe == ExpertCalled(**facts, expert="phi").dedupe

@@ -106,8 +106,13 @@ def test_an_empty_list_of_tools_asks_for_nothing() -> None:
 
 
 def test_the_plan_calls_whoever_was_chosen() -> None:
-    steps = choose(request(model="coder"), FLEET).plan.steps
+    steps = choose(request(model="coder"), FLEET).plan().steps
     assert [(step.stage, step.expert) for step in steps] == [("caller", "coder")]
+
+
+def test_a_grounded_plan_looks_for_sources_first() -> None:
+    steps = choose(request(model="coder"), FLEET).plan(grounded=True).steps
+    assert [step.stage for step in steps] == ["retriever", "caller"]
 
 
 LADDER = Fleet.model_validate(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capibara_flow.domain.turns import BUCKETS, LENGTH, belongs, bucket, created, is_turn_id, turn_id
+from capibara_flow.domain.turns import ANONYMOUS, BUCKETS, LENGTH, belongs, bucket, created, is_turn_id, own_buckets, turn_id
 from topics.chat import CallExpert, RouteTurn
 
 milliseconds = st.integers(min_value=0, max_value=2**50 - 1)
@@ -72,9 +72,19 @@ def _lanes_of_the_message() -> int:
     return int(CallExpert.model_json_schema()["properties"]["bucket"]["exclusiveMaximum"])
 
 
-def test_lanes_are_used_evenly() -> None:
+def test_buckets_are_used_evenly_and_the_first_is_for_who_has_no_name() -> None:
     used = {bucket(f"tenant-{number}") for number in range(1000)}
-    assert used == set(range(BUCKETS))
+    assert used == set(range(1, BUCKETS))
+    assert bucket("") == bucket(ANONYMOUS) == 0
+
+
+@given(st.sets(tenants, max_size=70))
+def test_known_tenants_have_a_bucket_of_their_own_as_long_as_there_are_enough(names: set[str]) -> None:
+    own = own_buckets(names)
+    named = names - {"", ANONYMOUS}
+    assert own.keys() == (named if len(named) < BUCKETS else set())
+    assert len(set(own.values())) == len(own)
+    assert all(0 < number < BUCKETS for number in own.values())
 
 
 @given(milliseconds, entropy, tenants)

@@ -2,13 +2,12 @@
 
 import json
 import re
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.async_api import BrowserContext, ConsoleMessage, Locator, Page, async_playwright, expect
+from playwright.async_api import BrowserContext, Locator, Page, expect
 
 from capibara_flow.engines import scripted
 from capibara_flow.engines.script import load_script
@@ -23,19 +22,7 @@ from topics.output import Continued, Loading, Output, Token, Waiting
 
 pytestmark = pytest.mark.browser
 
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-PATIENCE_MS = 30_000
 COUNTED = " ".join(map(str, range(1, 31)))
-expect.set_options(timeout=PATIENCE_MS)
 
 
 @pytest.fixture
@@ -77,35 +64,6 @@ async def wire(page_url: str) -> Wire:
 async def wire_url(wire: Wire) -> AsyncIterator[str]:
     async with wire.open() as url:
         yield url
-
-
-@pytest.fixture
-async def context() -> AsyncIterator[BrowserContext]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium: apt-get update && apt-get install -y chromium")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        context = await browser.new_context(locale="es-ES")
-        context.set_default_timeout(PATIENCE_MS)
-        yield context
-        await browser.close()
-
-
-@pytest.fixture
-async def page(context: BrowserContext) -> AsyncIterator[Page]:
-    """A page in Spanish that must break neither its own content security policy nor itself."""
-    page = await context.new_page()
-    complaints: list[str] = []
-
-    def listen(message: ConsoleMessage) -> None:
-        if "Content Security Policy" in message.text:
-            complaints.append(message.text)
-
-    page.on("console", listen)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    yield page
-    assert complaints == []
 
 
 @pytest.fixture

@@ -179,6 +179,31 @@ def test_whatever_is_killed_comes_back(tmp_path, engine):
         up.all_gone()
 
 
+def test_together_one_process_serves_comes_back_and_ends_in_order(tmp_path, engine):
+    with running(tmp_path, "--engine", engine, "--together") as up:
+        facts = up.facts()
+        assert facts["pids"].keys() == {"broker", "together"}
+        assert up.ask(facts["url"]).strip() == "".join(WORDS)
+        [metrics] = facts["metrics"]
+        with urllib.request.urlopen(metrics, timeout=60) as response:
+            told = response.read()
+        assert b"capibara_tokens_total{" in told  # the caller's
+        assert b"capibara_http_responses_total{" in told  # the edge's
+        examined = up.run("doctor")
+        assert examined.returncode == 0, examined.stdout + examined.stderr
+        os.kill(facts["pids"]["together"], signal.SIGKILL)
+        until(lambda: "together runs again" in up.said())
+        assert up.facts()["pids"]["together"] != facts["pids"]["together"]
+        until(lambda: up.run("chat", "hi", "--url", facts["url"]).stdout.strip() == "".join(WORDS))
+        up.look()
+        up.process.send_signal(signal.SIGTERM)
+        assert up.process.wait(60) == 0, up.said()
+        up.all_gone()
+        log = (up.state / "logs" / "together.log").read_text(encoding="utf-8")
+        assert "workers_stopping" in log  # it came to its end by itself
+        assert "Traceback" not in up.said() + log
+
+
 def test_a_part_that_cannot_start_is_told_and_the_rest_ended(tmp_path):
     (tmp_path / "fleet.toml").write_text('[[experts]]\nname = "a"\nurls = ["http://127.0.0.1:9"]\nconcurrency = 0\n', encoding="utf-8")
     with running(tmp_path, "--fleet", str(tmp_path / "fleet.toml")) as up:

@@ -72,6 +72,21 @@ async def test_a_key_stands_for_its_principal_and_tenant() -> None:
     assert (identity.principal, identity.tenant) == ("ann", "acme")
 
 
+async def test_a_known_tenant_waits_in_a_bucket_of_his_own_with_the_priority_that_he_asks_for() -> None:
+    turns = FakeTurns(*ANSWER)
+    async with client(turns, auth=KEYS) as session:
+        for who in (ANN, BOB):
+            async with session.post("/api/chat", json=ASK | {"priority": "low"}, headers=who) as response:
+                assert response.status == 200
+        chat = {"messages": [{"role": "user", "content": "hi"}], "priority": "high"}
+        async with session.post("/v1/chat/completions", json=chat, headers=ANN) as response:
+            assert response.status == 200
+    ann, bob, again = (command for command, _, _ in turns.opened)
+    assert (ann.priority, again.priority) == ("low", "high")
+    assert ann.bucket == again.bucket
+    assert {ann.bucket, bob.bucket} == {1, 2}
+
+
 async def test_where_nobody_has_a_key_any_key_is_nobody_s() -> None:
     turns = FakeTurns(*ANSWER)
     async with client(turns) as session, session.post("/api/chat", json=ASK, headers={"Authorization": "Bearer sk-any"}) as response:

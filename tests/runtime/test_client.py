@@ -1,9 +1,13 @@
 """The fast lane beside ordinary NATS, and what it needs of nats-py."""
 
 import asyncio
+import gc
 import inspect
 import json
+import os
+import signal
 import string
+import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -13,6 +17,7 @@ from hypothesis import strategies as st
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.aio.transport import TcpTransport
 from nats.errors import ConnectionClosedError, OutboundBufferLimitError
 from nats.protocol.parser import Parser
 
@@ -248,6 +253,20 @@ async def test_closing_ends_a_search_that_overhears_it(client: TokenClient):
     assert client._reconnection_task.done()
 
 
+async def test_an_ear_has_no_queue_and_goes_without_the_collector(client: TokenClient):
+    subscription = await client.listen(LIVE, Ear())
+    assert subscription._pending_queue is client._nothing
+    there = weakref.ref(subscription)
+    await client.deafen(subscription)
+    await flushed(client)
+    gc.disable()
+    try:
+        del subscription
+        assert there() is None
+    finally:
+        gc.enable()
+
+
 # --- sending ---------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +306,52 @@ async def test_what_is_sent_and_published_in_one_breath_arrives_whole_and_in_ord
     await until(lambda: len(ear.heard) == 600)
     assert ear.data == [b"%d" % number for number in range(600)]
     assert sender._pending_data_size == 0
+
+
+async def test_what_is_sent_does_not_overtake_a_subscription(rig: Rig):
+    client, ear = await rig.client("caller"), Ear()
+    reply = client.new_inbox()
+    await client.listen(reply, ear)
+    assert client._pending  # the flusher has not had a turn since
+    client.send(OUT, b"a", reply=reply, headers=encoded({}))
+    await until(lambda: ear.heard)
+    assert [json.loads(data) for data in ear.data] == [{"stream": "CF_OUT", "seq": 1}]
+
+
+async def test_a_broker_that_takes_nothing_gets_everything_in_order_later(rig: Rig):
+    sender, ear = await rig.client("caller"), Ear()
+    edge = await rig.client("edge")
+    await edge.listen(LIVE, ear)
+    await flushed(edge)
+    reply, body, sent = sender.new_inbox(), b"x" * 200_000, 0
+    pid = rig.broker.pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        while len(sender._pending) < 3:  # the system takes some megabytes, then the connection is full
+            sender.send(OUT, b"%d %b" % (sent, body), reply=reply, headers=encoded({}))
+            await sender.publish(OUT, b"%d published" % (sent + 1))
+            await asyncio.sleep(0)
+            sent += 2
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    sender.send(OUT, b"%d last" % sent, reply=reply, headers=encoded({}))
+    await until(lambda: len(ear.heard) > sent)
+    assert [int(data.split()[0]) for data in ear.data] == list(range(sent + 1))
+    assert (sender._pending, sender.stats["reconnects"]) == ([], 0)
+
+
+async def test_what_is_sent_into_a_connection_that_has_just_gone_is_kept_for_the_next_one(rig: Rig):
+    client, ear = await rig.client("caller"), Ear()
+    reply = client.new_inbox()
+    await client.listen(reply, ear)
+    await flushed(client)
+    client._transport._io_writer.transport.abort()
+    assert client.is_connected  # nobody has noticed
+    client.send(OUT, b"a", reply=reply, headers=encoded({}))
+    await until(lambda: ear.heard)
+    assert [json.loads(data) for data in ear.data] == [{"stream": "CF_OUT", "seq": 1}]
+    assert client.stats["reconnects"] == 1
 
 
 async def test_sending_is_refused_where_publishing_would_be(rig: Rig):
@@ -392,7 +457,8 @@ def test_nothing_is_found_in_nothing(headers: dict[str, str]):
 
 def test_the_private_hooks_of_nats_py_are_still_there():
     # TokenClient overrides `_process_msg`, to which the parser hands every message with its headers unread, and writes as
-    # `_send_command` does, to `_pending`, which the flusher sends once `_flush_queue` wakes it.
+    # `_send_command` does, to `_pending`, which the flusher sends, all in one go, once `_flush_queue` wakes it; or where the flusher
+    # writes, to `_io_writer` of its transport.
     # When this fails, nats-py changed and `TokenClient` must follow.
     assert list(inspect.signature(Client._process_msg).parameters) == ["self", "sid", "subject", "reply", "data", "headers"]
     assert inspect.iscoroutinefunction(Client._process_msg)
@@ -401,7 +467,8 @@ def test_the_private_hooks_of_nats_py_are_still_there():
     assert "self._pending.append(cmd)" in sending
     assert "self._pending_data_size += len(cmd)" in sending
     assert "future: asyncio.Future = await self._flush_queue.get()" in flushing
-    assert "self._transport.writelines(self._pending[:])" in flushing
+    assert "self._transport.writelines(self._pending[:])\n                    self._pending = []" in flushing
+    assert "return self._io_writer.writelines(payload)" in inspect.getsource(TcpTransport.writelines)
     client = Client()
     for attribute in (
         "_flush_queue",
@@ -413,7 +480,11 @@ def test_the_private_hooks_of_nats_py_are_still_there():
         "_reconnection_task",
     ):
         assert hasattr(client, attribute), attribute
-    assert "_id" in inspect.getsource(Subscription.__init__)
+    subscription = inspect.getsource(Subscription)
+    assert "self._id = id" in subscription
+    assert "self._pending_queue: asyncio.Queue[Msg] = asyncio.Queue(" in subscription
+    # What `listen` takes the place of: with a future there is neither a task nor an iterator, and a queue is used by those alone.
+    assert "        elif self._future:\n            # Used to handle the single response from a request.\n            pass" in subscription
 
 
 def test_the_map_republishes_to_where_the_tests_listen():

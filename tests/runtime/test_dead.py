@@ -132,7 +132,8 @@ def test_what_is_asked_again_is_what_was_asked_but_for_the_turn(content: str, mo
     for asked, stage in ((route, "router"), (call, "caller")):
         again = command(letter_of(stage, asked.model_dump_json(exclude_none=True)), "T2")
         assert again.turn == "T2"
-        assert again == RouteTurn(turn="T2", request=request)
+        waits = {"bucket": asked.bucket, "priority": asked.priority}
+        assert again == RouteTurn(turn="T2", request=request, **waits)
         assert again.dedupe != asked.dedupe
 
 

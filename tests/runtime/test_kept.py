@@ -11,7 +11,7 @@ from capibara_flow.errors import BrokerUnavailable, TurnGone, TurnUnknown
 from capibara_flow.ports import Feed
 from capibara_flow.runtime import turns
 from capibara_flow.runtime.turns import NatsTurns
-from tests.runtime.rig import EXPERT, Line, Rig, line
+from tests.runtime.rig import EXPERT, Line, Rig, flushed, line
 from tests.waiting import until
 from topics.chat import Erased, EraseTurn, RouteTurn
 from topics.output import Done, Output, Routed, Token, parse
@@ -230,6 +230,6 @@ async def test_an_eraser_that_fails_is_told(rig: Rig, door: NatsTurns, monkeypat
             await message.respond(reply)
 
     await undertaker.subscribe("cf.ctl.*.erase", cb=erase)
-    await undertaker.flush()
+    await flushed(undertaker)
     with pytest.raises(BrokerUnavailable, match="ask again"):
         await door.erase(NEW)

@@ -560,12 +560,12 @@ async def test_a_stream_that_is_missing_is_told(rig: Rig):
 
 async def test_whoever_may_not_read_is_told_in_time(rig: Rig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(output, "_TIMEOUT", 0.2)
-    edge = await rig.client("edge")
+    caller = await rig.client("caller")
     with pytest.raises(BrokerUnavailable, match="CF_DEAD"):
-        await last_message(edge, "cf.dead.T1.router", "CF_DEAD")
+        await last_message(caller, "cf.dead.T1.router", "CF_DEAD")
     with pytest.raises(BrokerUnavailable, match="CF_DEAD"):
-        await stored(edge, "cf.dead.T1.router", 0, "CF_DEAD")
-    assert not edge._ears
+        await stored(caller, "cf.dead.T1.router", 0, "CF_DEAD")
+    assert not caller._ears
 
 
 @given(st.integers(1024, 2**24), st.integers(-2, 2))

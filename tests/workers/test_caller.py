@@ -36,7 +36,7 @@ from workers.caller import handed_over
 
 TURN = turn_id(milliseconds=1, entropy=bytes(10), tenant="t")
 REQUEST = ChatRequest.model_validate({"messages": [{"role": "user", "content": "hello"}], "model": "ex.pert"})
-COMMAND = CallExpert(turn=TURN, expert="ex_pert", bucket=1, request=REQUEST)
+COMMAND = CallExpert(turn=TURN, expert="ex_pert", bucket=0, request=REQUEST)
 HALF = Token(turn=TURN, text="half")
 IN_AN_HOUR = {DEADLINE: f"{time.time() + 3600:.3f}"}
 ROUTED = Routed(turn=TURN, model_id="ex.pert", route_name="r", complexity="simple", confidence=1, reasoning="why")

@@ -1,5 +1,6 @@
 /** The conversation: asks, follows, stops, keeps. */
 
+import { Library } from "./library.js";
 import { ask, cancel, follow, models, Lost, Problem } from "./stream.js";
 import { load, save } from "./store.js";
 import { choose, current, text, translate } from "./texts.js";
@@ -95,7 +96,13 @@ function send(question, model) {
   const turn = addTurn(question, fresh(model, Date.now()));
   save(page.turns);
   toEnd();
-  return run(turn, (signal) => ask(messages, model, signal));
+  return run(turn, (signal) => ask(messages, model, grounding(), signal));
+}
+
+/** What the answer is to be grounded by; what is usual is not said. */
+function grounding() {
+  const chosen = { auto: {}, always: { grounded: true }, never: { grounded: false } }[$("grounding").value];
+  return page.library.collection === "default" ? chosen : { ...chosen, collection: page.library.collection };
 }
 
 /** What was said so far: answers that failed are no part of it. */
@@ -215,6 +222,7 @@ function speak() {
   }
   $("ideas").replaceChildren(...text("ideas").map(idea));
   for (const { view } of page.turns) view.retranslate();
+  page.library.retranslate();
   nameModels();
 }
 
@@ -266,6 +274,7 @@ function listen() {
   }
 }
 
+page.library = new Library();
 listen();
 speak();
 fillModels();

@@ -15,9 +15,9 @@ export class Problem extends Error {
 /** The connection broke too often. */
 export class Lost extends Error {}
 
-/** Open a turn; answers the response with its stream and the turn's id. Throws Problem, or TypeError without a network. */
-export async function ask(messages, model, signal) {
-  const body = JSON.stringify({ messages, stream: true, ...(model === "auto" ? {} : { model }) });
+/** Open a turn, *grounding* says by what it is to be grounded: {grounded?, collection?}; answers the response with its stream and the turn's id. Throws Problem, or TypeError without a network. */
+export async function ask(messages, model, grounding, signal) {
+  const body = JSON.stringify({ messages, stream: true, ...(model === "auto" ? {} : { model }), ...grounding });
   const headers = { "Content-Type": "application/json", Accept: "text/event-stream" };
   const response = await accepted(await fetch("/api/chat", { method: "POST", headers, body, signal }));
   return { response, turn: response.headers.get("X-Capibara-Turn") };
@@ -67,7 +67,8 @@ function reopen(turn, last, signal) {
   return asked.then(accepted);
 }
 
-async function accepted(response) {
+/** *response* if it is a good one; throws Problem. */
+export async function accepted(response) {
   if (response.ok) return response;
   const details = await response.json().catch(() => ({})); // a proxy's error page is no JSON
   throw new Problem({ title: response.statusText, detail: "", ...(details.error ?? details), status: response.status });

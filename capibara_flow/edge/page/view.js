@@ -1,12 +1,17 @@
 /** One question and its answer on the page. */
 
 import { GrowingMarkdown } from "./markdown.js";
+import { fillSources, heading, linkCitations } from "./sources.js";
 import { counted, duration, number, percent, text, translate } from "./texts.js";
 import { ended } from "./turn.js";
 
 const REST = 4; // after a rendering of n ms, rest 4 n ms: drawing never takes more than a fifth of the time
 
+let views = 0;
+
 export class TurnView {
+  #prefix = `source-${++views}`;
+  #sourced = null;
   #state;
   #epoch = -1;
   #shown = { text: 0, reasoning: 0 };
@@ -33,6 +38,7 @@ export class TurnView {
     this.waiting = one(".waiting");
     this.thought = one(".thought");
     this.calls = one(".calls");
+    this.sources = one(".sources");
     this.problem = one(".problem");
     this.chips = one(".chips");
     this.more = one(".more");
@@ -52,6 +58,7 @@ export class TurnView {
   /** The language has changed. */
   retranslate() {
     translate(this.root);
+    this.#finished = null;
     this.#paint();
   }
 
@@ -69,6 +76,7 @@ export class TurnView {
     this.answer.setAttribute("aria-busy", String(!ended(this.#state)));
     this.#paintWords();
     this.#paintWaiting();
+    this.#paintSources();
     this.#paintCalls();
     this.#paintProblem();
     this.#paintFacts();
@@ -97,8 +105,23 @@ export class TurnView {
     if (this.#finished === words) return;
     this.#finished = words;
     this.markdown.finish(words);
+    const { sources = [], citations } = this.#state;
+    if (sources.length || citations?.unknown.length) linkCitations(this.box, sources, this.#prefix);
     for (const block of this.box.querySelectorAll("pre")) addCopyButton(block);
     for (const table of this.box.querySelectorAll("table")) makeScrollable(table);
+  }
+
+  #paintSources() {
+    const { sources = [], lacking, citations } = this.#state;
+    const cited = citations && new Set(citations.cited);
+    this.sources.hidden = !sources.length && !lacking && !citations?.unknown.length;
+    this.sources.querySelector("summary").textContent = heading(sources, cited);
+    const notes = [lacking && text("lacking", lacking), citations?.unknown.length && text("unknownCitations", citations.unknown.join(", "))];
+    this.sources.querySelector(".lacking").textContent = notes.filter(Boolean).join(" ");
+    const known = JSON.stringify([sources.map(({ n }) => n), citations?.cited, document.documentElement.lang]);
+    if (known === this.#sourced) return; // what a person has opened stays open, and nothing is drawn again for each word
+    this.#sourced = known;
+    fillSources(this.sources.querySelector("ol"), sources, cited, this.#prefix);
   }
 
   #paintWaiting() {
@@ -111,10 +134,11 @@ export class TurnView {
 
   /** What goes on while no words come, in words; null while they do. */
   #phase() {
-    const { status, text: words, reasoning, held, loading } = this.#state;
+    const { status, text: words, reasoning, held, loading, queued } = this.#state;
     if (this.phase !== null) return text(`phase.${this.phase}`);
     if (held) return text("phase.held", text(`titles.${held.title}`) ?? held.reason);
     if (loading) return text(loading.eta_s ? "phase.loadingFor" : "phase.loading", loading.expert, duration((loading.eta_s ?? 0) * 1000));
+    if (queued) return text(queued.eta_s ? "phase.queuedFor" : "phase.queued", queued.position, duration((queued.eta_s ?? 0) * 1000));
     if (status === "waiting") return text("phase.waiting");
     return words === "" && reasoning !== "" ? text("phase.thinking") : null;
   }

@@ -1,0 +1,244 @@
+"""The knowledge of this installation: its stores, opened when they are first needed, shared by all workers of a process."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from capibara_flow.errors import CannotStart
+from capibara_flow.ports import Documents, GraphStore, PassageStore
+from capibara_flow.settings import KnowledgeSettings, SettingsError
+from capibara_flow.telemetry import log
+from topics.grounding import ListDocuments
+from topics.knowledge import Document, Passage, Scope, Source
+
+if TYPE_CHECKING:
+    from capibara_flow.engines.milvus import MilvusPassages
+    from capibara_flow.runtime.ingesting import File, Ingester, Taken
+    from capibara_flow.runtime.searching import Searcher
+
+Store = TypeVar("Store", PassageStore, GraphStore)
+_LOOK_SECONDS = 10.0  # between looks who has documents: other processes take some in as well
+
+
+@dataclass(frozen=True)
+class Stores:
+    """All that is open."""
+
+    documents: Documents
+    searcher: "Searcher"
+    ingester: "Ingester"
+
+
+class Library:
+    """Search, list, take in and remove. The stores are opened by the first who needs them, and a fault there is met by everybody anew."""
+
+    def __init__(self, settings: KnowledgeSettings, clock: Callable[[], float] = time.time) -> None:
+        if not settings.enabled:
+            raise SettingsError("no place for documents: set CAPIBARA_KNOWLEDGE__FOLDER to a folder, or name a server for each store")
+        self._settings, self._clock = settings, clock
+        self._stack = AsyncExitStack()
+        self._opening = asyncio.Lock()
+        self._stores: Stores | None = None
+        self._tenants: list[str] = []
+        self._looking: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Open in the background what was used before: whoever has documents wants to find something in them."""
+        if self._settings.postgres or (self._settings.folder and (self._settings.folder / "postgres").exists()):
+            self._looking = asyncio.create_task(self._look())
+
+    async def aclose(self) -> None:
+        """Let everything go."""
+        if self._looking:
+            self._looking.cancel()
+            await asyncio.wait({self._looking})
+        await self._stack.aclose()
+
+    async def opened(self) -> Stores:
+        """The stores; raises ``CannotStart``, ``StoreUnavailable`` and ``EmbedderMismatch``."""
+        async with self._opening:
+            if self._stores is None:
+                async with AsyncExitStack() as stack:
+                    self._stores = await _open(self._settings, stack, self._clock)
+                    self._stack = stack.pop_all()
+            if self._looking is None:
+                self._looking = asyncio.create_task(self._look())
+            return self._stores
+
+    async def search(self, scope: Scope, question: str, limit: int) -> Sequence[Source]:
+        """The best *limit* sources for *question*."""
+        return await (await self.opened()).searcher.search(scope, question, limit)
+
+    async def listed(self, command: ListDocuments) -> Sequence[Document]:
+        """Documents, or the one that is asked for."""
+        documents, scope = (await self.opened()).documents, Scope(command.tenant, command.collection)
+        if command.document:
+            found = await documents.find(scope, command.document)
+            return [found] if found else []
+        return await documents.listed(scope, command.limit, command.after)
+
+    async def take_in(self, scope: Scope, file: "File") -> "Taken":
+        """Take a document in."""
+        stores = await self.opened()
+        taken = await stores.ingester.take_in(scope, file, datetime.fromtimestamp(self._clock(), UTC))
+        self._tenants = sorted({*self._tenants, scope.tenant})
+        return taken
+
+    async def remove(self, scope: Scope, document: str) -> bool:
+        """Remove a document from all stores; whether it was there."""
+        return await (await self.opened()).ingester.remove(scope, document) is not None
+
+    def facts(self) -> Mapping[str, Any]:
+        """What a process tells of it."""
+        return {"tenants": self._tenants, "open": self._stores is not None}
+
+    async def _look(self) -> None:
+        while True:
+            try:
+                scopes = await (await self.opened()).documents.scopes()
+                self._tenants = sorted({scope.tenant for scope in scopes})
+            except Exception as error:  # noqa: BLE001  whoever asks meets it as well; this only watches
+                log.warning("knowledge_unread", error=repr(error))
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def written(self, sources: Sequence[Source], question: str) -> tuple[Sequence[Source], str]:
+        """As many of *sources* as the prompt of *question* may take, and the text that puts them there."""
+        from capibara_flow.domain.context import context  # noqa: PLC0415
+        from capibara_flow.engines.parsing.languages import language_of  # noqa: PLC0415
+
+        made = context(sources, self._settings.context_tokens, language=language_of(question))
+        return made.sources, made.text
+
+
+_open_now: dict[KnowledgeSettings, tuple[Library, list[None]]] = {}
+
+
+@asynccontextmanager
+async def library(settings: KnowledgeSettings) -> AsyncIterator[Library]:
+    """The library of *settings*, the same for all workers of this process: embedded stores belong to one owner."""
+    found, users = _open_now.get(settings) or (Library(settings), [])
+    if not users:
+        _open_now[settings] = found, users
+        found.start()
+    users.append(None)
+    try:
+        yield found
+    finally:
+        users.pop()
+        if not users:
+            del _open_now[settings]
+            await found.aclose()
+
+
+async def _open(settings: KnowledgeSettings, stack: AsyncExitStack, clock: Callable[[], float]) -> Stores:
+    """Every product is imported here, so that a machine without documents loads none of them."""
+    try:
+        from capibara_flow.domain.bm25 import passage_weights  # noqa: PLC0415
+        from capibara_flow.engines.embeddings.build import build_embedder  # noqa: PLC0415
+        from capibara_flow.engines.parsing.sandbox import Limits, Parsers  # noqa: PLC0415
+        from capibara_flow.engines.postgres.database import Database  # noqa: PLC0415
+        from capibara_flow.engines.postgres.documents import PostgresDocuments  # noqa: PLC0415
+        from capibara_flow.runtime.ingesting import Ingester  # noqa: PLC0415
+        from capibara_flow.runtime.searching import Searcher  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise CannotStart(f"documents need {error.name}: `pip install 'capibara-flow[rag]'` brings it") from error
+    embedder = await asyncio.to_thread(build_embedder, settings.embedder, capacity=1024)
+    stack.push_async_callback(embedder.aclose)
+    documents = PostgresDocuments(Database(await _postgres(settings, stack)))
+    stack.push_async_callback(documents.aclose)
+    passages = await _kept(_passages(settings), stack)
+    await passages.prepare(embedder.model, embedder.dimension)
+    graph = await _kept(_graph(settings), stack)
+    parsers = Parsers(Limits(settings.document_bytes, settings.parse_seconds, settings.parse_memory_mib * 2**20))
+    stack.push_async_callback(parsers.aclose)
+    searcher = Searcher(embedder, passages, graph, weights=_weights(settings), clock=clock)
+    ingester = Ingester(parsers.parse, embedder, passages, graph, documents, passage_weights)
+    return Stores(documents, searcher, ingester)
+
+
+async def _kept(store: Store, stack: AsyncExitStack) -> Store:
+    stack.push_async_callback(store.aclose)
+    return store
+
+
+def _passages(settings: KnowledgeSettings) -> "MilvusPassages":
+    from capibara_flow.engines.milvus import MilvusPassages  # noqa: PLC0415
+
+    token = settings.milvus_token.get_secret_value() if settings.milvus_token else ""
+    return MilvusPassages(settings.milvus or str(_folder(settings) / "passages.db"), token=token)
+
+
+async def reembed(settings: KnowledgeSettings, told: Callable[[int], None]) -> int:
+    """Make every vector anew with the embedder of *settings*: how many there are; *told* hears how many more are done.
+
+    Nobody else may take documents in meanwhile. Raises ``CannotStart`` and ``StoreUnavailable``.
+    """
+    from capibara_flow.domain.bm25 import searchable  # noqa: PLC0415
+    from capibara_flow.engines.embeddings.build import build_embedder  # noqa: PLC0415
+
+    embedder = await asyncio.to_thread(build_embedder, settings.embedder, capacity=0)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(embedder.aclose)
+        passages = _passages(settings)
+        stack.push_async_callback(passages.aclose)
+
+        async def embed(page: Sequence[Passage]) -> Any:
+            return await embedder.embed([searchable(passage) for passage in page], "passage")
+
+        return await passages.reembed(embedder.model, embedder.dimension, embed, told)
+
+
+def _graph(settings: KnowledgeSettings) -> GraphStore:
+    if not settings.nebula:
+        from capibara_flow.engines.ladybug import LadybugGraph  # noqa: PLC0415
+
+        return LadybugGraph(_folder(settings) / "graph")
+    from capibara_flow.engines.nebula import NebulaGraph  # noqa: PLC0415
+
+    pairs = [each.strip().rpartition(":") for each in settings.nebula.split(",")]
+    addresses = [(host, int(port)) for host, _, port in pairs]
+    return NebulaGraph(addresses, user=settings.nebula_user, password=settings.nebula_password.get_secret_value())
+
+
+async def _postgres(settings: KnowledgeSettings, stack: AsyncExitStack) -> str:
+    """The URL of the server that is named, or of one that is started here."""
+    if settings.postgres:
+        return settings.postgres.get_secret_value()
+    from capibara_flow.engines.postgres.embedded import EmbeddedPostgres  # noqa: PLC0415
+
+    server = EmbeddedPostgres(_folder(settings) / "postgres")
+    # The server dies with the thread that started it, so that thread is kept for it alone.
+    thread = ThreadPoolExecutor(1, thread_name_prefix="postgres")
+    stack.callback(thread.shutdown)
+    loop = asyncio.get_running_loop()
+
+    async def stop() -> None:
+        await loop.run_in_executor(thread, server.stop)
+
+    stack.push_async_callback(stop)
+    await loop.run_in_executor(thread, server.start)
+    return server.url
+
+
+def _folder(settings: KnowledgeSettings) -> Path:
+    if settings.folder is None:
+        raise SettingsError("no folder for the stores that come along: set CAPIBARA_KNOWLEDGE__FOLDER")
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    return settings.folder
+
+
+def _weights(settings: KnowledgeSettings) -> Any:
+    from capibara_flow.domain.ranking import Weights  # noqa: PLC0415
+
+    return Weights(
+        vector=settings.vector_weight,
+        graph=settings.graph_weight,
+        recency=settings.recency_weight,
+        half_life_days=settings.recency_half_life_days,
+    )

@@ -1,0 +1,137 @@
+"""RetrieveSources in; SourcesFound, SourcesRetrieved and the call that follows out. It also searches, lists and removes on request."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from faststream import FastStream
+from faststream.nats import NatsBroker
+from pydantic import TypeAdapter
+
+from capibara_flow.domain.grounding import put_together, query
+from capibara_flow.errors import CapibaraError, Transient
+from capibara_flow.ports import Answers
+from capibara_flow.runtime.hops import Stage
+from capibara_flow.runtime.joining import Join
+from capibara_flow.runtime.lanes import Lanes
+from capibara_flow.runtime.work import tenant
+from capibara_flow.telemetry import RETRIEVAL_SECONDS, RETRIEVED, log
+from topics.flow import hop
+from topics.grounding import (
+    DocumentFacts,
+    Found,
+    ListDocuments,
+    Listing,
+    PartDone,
+    Refusal,
+    Removed,
+    RemoveDocument,
+    RetrieveSources,
+    SearchKnowledge,
+    SourcesRetrieved,
+)
+from topics.knowledge import Document, Scope, Source
+from topics.output import SourcesFound, SourceShown
+from topics.streams import Consumer, Layout
+
+HOP = hop("retriever")
+Search = Callable[[Scope, str, int], Awaitable[Sequence[Source]]]
+Written = Callable[[Sequence[Source], str], tuple[Sequence[Source], str]]
+_AGAIN = 0.1  # seconds before a store that was away is asked again
+_SOURCES: TypeAdapter[tuple[Source, ...]] = TypeAdapter(tuple[Source, ...])
+
+
+def build(
+    broker: NatsBroker,
+    *,
+    search: Search,
+    written: Written,
+    documents: Callable[[ListDocuments], Awaitable[Sequence[Document]]],
+    remove: Callable[[Scope, str], Awaitable[bool]],
+    answers: Answers,
+    join: Join,
+    consumer: Consumer,
+    limit: int = 10,
+    permits: int = 16,
+    lanes: Lanes | None = None,
+    layout: Layout | None = None,
+    retry_seconds: float = 2.0,
+    patience_seconds: float | None = None,
+    clock: Callable[[], float] = time.time,
+) -> FastStream:
+    """Wire the retriever onto *broker*: at most *limit* sources for a turn, as far as a prompt takes them as *written*.
+
+    A turn goes on without sources when there are none in time.
+    """
+    stage = Stage(broker, HOP, answers, layout=layout, lanes=lanes, retry_seconds=retry_seconds, patience_seconds=patience_seconds)
+
+    @stage.serves(SearchKnowledge)
+    async def look(command: SearchKnowledge) -> Found:
+        started = clock()
+        try:
+            found = await search(Scope(command.tenant, command.collection), command.query, command.limit)
+        except CapibaraError as error:
+            return Found(refused=refusal(error))
+        return Found(sources=tuple(found), seconds=clock() - started)
+
+    @stage.serves(ListDocuments)
+    async def listed(command: ListDocuments) -> Listing:
+        try:
+            return Listing(documents=tuple(map(facts, await documents(command))))
+        except CapibaraError as error:
+            return Listing(refused=refusal(error))
+
+    @stage.serves(RemoveDocument)
+    async def removed(command: RemoveDocument) -> Removed:
+        try:
+            return Removed(removed=await remove(Scope(command.tenant, command.collection), command.document))
+        except CapibaraError as error:
+            return Removed(refused=refusal(error))
+
+    @stage.takes(consumer, permits=permits)
+    async def retrieve(command: RetrieveSources) -> None:
+        started = clock()
+        found, context, problem = await _in_time(command)
+        RETRIEVAL_SECONDS.observe(clock() - started)
+        RETRIEVED.labels("problem" if problem else "found" if found else "nothing").inc()
+        shown = SourcesFound(turn=command.turn, sources=tuple(map(SourceShown.of, found)), problem=problem or None)
+        ids = tuple(each.passage.id for each in found)
+        fact = SourcesRetrieved(
+            turn=command.turn, collection=command.collection, sources=ids, problem=problem, started=started, ended=clock()
+        )
+        await stage.say(shown, fact)
+        gives = {"sources": _SOURCES.dump_python(tuple(found), mode="json"), "context": context}
+        own = PartDone(turn=command.turn, step=command.step, part=HOP.worker, gives=gives, problem=problem)
+        await stage.say(put_together(command.call, await join.joined(own, command.parts, command.until)))
+
+    async def _in_time(command: RetrieveSources) -> tuple[Sequence[Source], str, str]:
+        """What is found before the step's time is up, the text that puts it before the question, and what stood in the way."""
+        scope, asked = Scope(tenant(), command.collection), query(command.call.request)
+        problem = "the search did not come to an end in time"
+        while (left := command.until - clock()) > 0:
+            try:
+                async with asyncio.timeout(left):
+                    found = await search(scope, asked, limit) if asked else ()
+                    return *written(found, asked), ""
+            except TimeoutError:
+                break
+            except Transient as error:
+                problem = str(error)
+            except CapibaraError as error:
+                log.warning("search_refused", turn=command.turn, error=repr(error))
+                return (), "", str(error)
+            await asyncio.sleep(_AGAIN)
+        return (), "", problem
+
+    return FastStream(broker)
+
+
+def refusal(error: CapibaraError) -> Refusal:
+    """What to tell of *error* whoever asked."""
+    return Refusal(title=error.title, detail=str(error), status=error.status, retryable=error.retryable)
+
+
+def facts(document: Document) -> DocumentFacts:
+    """*document* as it is listed."""
+    same = {name: getattr(document, name) for name in ("id", "title", "address", "language", "digest", "passages")}
+    return DocumentFacts(**same, updated=document.updated.timestamp())

@@ -10,6 +10,7 @@ Two questions decide every error's name: may we try again, and who must know?
     - LeaseLost           somebody else writes this answer now
     - BrokerUnavailable   the broker did not acknowledge in time
     - StoreUnavailable    a store of passages, entities or documents cannot be reached
+      - StoreInUse        an embedded one is in the hands of another process
   x Terminal              the turn ends with a ``Failed`` that the client sees
     - BadRequest          the engine or a stage refuses this request for what it is
     - UnknownExpert       nobody of that name serves here
@@ -80,6 +81,10 @@ class BrokerUnavailable(Transient):
 
 class StoreUnavailable(Transient):
     """A store of passages, entities or documents cannot be reached."""
+
+
+class StoreInUse(StoreUnavailable):
+    """An embedded store has one owner at a time, and that is another process, which may end."""
 
 
 class Terminal(CapibaraError):

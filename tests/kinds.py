@@ -19,10 +19,13 @@ from capibara_flow.runtime.dead import new_turn
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.forking import publish
 from capibara_flow.runtime.history import History
+from capibara_flow.runtime.ingesting import File
 from capibara_flow.settings import AnswersSettings, Settings, WorkerSettings
 from tests.conftest import installed, settings_for
+from tests.knowledge import knowing
 from tests.waiting import until
 from topics.chat import ChatMessage, ChatRequest, RouteTurn
+from topics.knowledge import Scope
 from topics.message import DEADLINE, PRINCIPAL, TENANT
 
 _SCRIPT = {
@@ -245,6 +248,8 @@ _FOLLOWING = [
 KINDS: dict[str, Ask] = {
     "spanish": plain("¿Qué tal, capibara?"),
     "english": plain("How are you?"),
+    "grounded": plain("Who swims? The capibara?", grounded=True),
+    "grounded in nothing": plain("Nobody knows", grounded=True),
     "named": plain("hola", model="otra"),
     "by rule": plain("pinta un gato"),
     "image": plain("", messages=_IMAGE),
@@ -284,7 +289,8 @@ async def world(broker: EmbeddedBroker, folder: Path, head: str = "", tail: str 
     groups = {"worker": WorkerSettings(retry_seconds=0.3, ack_wait_seconds=3), "answers": AnswersSettings(age_seconds=600)} | groups
     settings = settings_for(broker, fleet, **groups)
     try:
-        async with installed(settings, runners[0][1]) as running, ClientSession() as session:
+        async with installed(settings, runners[0][1]) as running, knowing(settings) as library, ClientSession() as session:
+            await library.ingest(Scope("anonymous"), File(b"The capibara swims.", "swimming.txt"))
             yield World(settings, await running.start_edge(), session)
     finally:
         for runner, _ in runners:

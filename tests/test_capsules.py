@@ -219,8 +219,10 @@ def test_another_configuration_gives_a_table_of_what_changes(yesterday: Yesterda
     assert not changed & {yesterday.turn(kind) for kind in ("named", "by rule", "image", "tools", "unknown expert")}
     table = run("rerun", "--fleet", str(changed_fleet(here)), "--only", "router", "--limit", "3")
     assert "3 turns played" in table.stdout
+    nothing = run("rerun", "--since", "0s")
+    assert (nothing.exit_code, nothing.stdout) == (2, "nothing was played: no turn of that time is kept\n")
     refused = run("rerun", "--only", "speaker")
-    assert (refused.exit_code, "router, caller" in refused.stderr) == (1, True)
+    assert (refused.exit_code, "router, retriever, caller" in refused.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -261,3 +263,19 @@ def test_a_capsule_that_was_tampered_with_is_refused(yesterday: Yesterday, here:
         huge.truncate(300 * 1024 * 1024)
     result = run("capsule", "run", "huge.json")
     assert (result.exit_code, "are the most" in result.stderr) == (1, True)
+
+
+def test_the_decisions_about_grounded_turns_are_made_again(yesterday: Yesterday, here: Path):
+    """They may not be passed over because of the sources, which nobody looks for here."""
+    capsules.export(yesterday.settings, yesterday.turn("grounded"), here / "turn.json", force=False)
+    same = run("capsule", "run", "turn.json")
+    assert same.exit_code == 0, same.output
+    assert "sources are not looked for anew" in same.stderr
+    assert "[1]" in capsules.opened(here / "turn.json").record.calls[0].message.context
+    result = run("capsule", "run", "turn.json", "--fleet", str(changed_fleet(here)), "--json")
+    found = {f"{each['where']}.{each['what']}" for each in json.loads(result.stdout)["differences"]}
+    assert (result.exit_code, "decision.model_id" in found) == (1, True)
+    rerun = run("rerun", "--since", "1h", "--only", "router,retriever", "--json")
+    told = json.loads(rerun.stdout)
+    assert (rerun.exit_code, told["changed"]) == (0, [])
+    assert told["played"] >= 20

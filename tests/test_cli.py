@@ -249,6 +249,12 @@ def test_an_engine_is_asked_for_its_models_until_it_is_up():
     assert [(each.model, each.dialect) for each in found] == [("a", "openai"), ("b", "vllm")]
 
 
+def test_an_engine_may_be_named_without_its_version():
+    answers = {"http://x/v1/models": {"data": [{"id": "a", "owned_by": "scripted"}]}}
+    found = fleets.models_at("http://x", 1, ask=lambda url: answers.get(url, {}), pause=lambda: None)
+    assert [(each.model, each.url, each.scripted) for each in found] == [("a", "http://x", True)]
+
+
 @pytest.mark.parametrize("answer", [{}, [], {"data": None}, {"data": ["x"]}, "text"])
 def test_an_engine_without_a_list_becomes_one_expert(answer):
     found = fleets.models_at("http://x", 3, ask=lambda _: answer, pause=lambda: None, patience_seconds=0)
@@ -753,6 +759,27 @@ def test_chat_shows_text_on_stdout_and_the_rest_on_stderr():
     assert "hm" in result.stderr
     assert edge.asked == [{"messages": [{"role": "user", "content": "hi"}], "model": "small"}]
     assert edge.keys == ["Bearer k1"]
+
+
+def test_chat_shows_what_the_answer_cites():
+    sources = [{"n": 1, "title": "Agua\x1b[2J", "url": "agua.md", "date": "2026-01-02"}, {"n": 2, "title": "Comida", "url": "comida.md"}]
+    cited = sse("citations", 4, cited=[1], unknown=[9])
+    edge = FakeEdge([sse("turn"), sse("sources", 2, sources=sources), sse("token", 3, text="Nadan [1] y vuelan [9]."), cited, DONE])
+    with serving(edge.routes) as url:
+        result = run("chat", "¿nadan?", "--url", url)
+    assert result.stdout == "Nadan [1] y vuelan [9].\n"
+    assert "[1] Agua" in result.stderr
+    assert "agua.md · 2026-01-02" in result.stderr
+    assert "[9] is none of the sources" in result.stderr
+    assert "Comida" not in result.stderr
+    assert "\x1b" not in result.stderr
+
+
+def test_chat_says_why_there_are_no_sources():
+    problem = sse("sources", 2, sources=[], problem="the passages cannot be reached")
+    edge = FakeEdge([sse("turn"), problem, sse("token", 3, text="Hola"), DONE])
+    with serving(edge.routes) as url:
+        assert "without sources: the passages cannot be reached" in run("chat", "hi", "--url", url).stderr
 
 
 def test_chat_reads_the_question_from_a_pipe():

@@ -54,6 +54,7 @@ MAY_ALSO = {
     "undertaker": {"$JS.API.STREAM.PURGE.*", "cf.ctl.*.erased"},
     "ingester": {f"$JS.API.STREAM.PURGE.{DOCUMENTS}"},
     "router": {f"$JS.API.STREAM.INFO.{CALLS}"},
+    "retriever": {f"$JS.API.STREAM.INFO.{CALLS}"},
     "caller": {answer_key("*", "*"), f"$JS.API.STREAM.MSG.GET.{ANSWERS}"},
 }
 
@@ -125,7 +126,7 @@ def test_a_worker_may_publish_what_the_map_lists_and_nothing_else(hop: Hop):
     ours = {subject for subject in publish if subject.startswith("cf.")}
     assert ours - also == {message.subjects() for message in hop.speaks} | {"cf.out.*.lease.*"}
     ears = {"cf.ctl.*.cancel", f"_INBOX_{hop.worker}.>"} | {request.subjects() for request in hop.serves}
-    assert subscribe == ears | (QUEUES if CallExpert in (*hop.emits, hop.consumes) and hop.worker != "retriever" else set())
+    assert subscribe == ears | (QUEUES if CallExpert in (*hop.emits, hop.consumes) else set())
     reports = {report_key(hop.worker, "*"), f"$JS.API.DIRECT.GET.{REPORTS}"} | LANE_KEYS
     assert report_key(hop.worker, "*") in publish
     for subject in publish - ours - also - reports:

@@ -63,7 +63,7 @@ FLOW = (
         "retriever",
         RetrieveSources,
         (CallExpert, PartDone, SourcesRetrieved, TurnFailed),
-        (SourcesFound, Waiting, Failed),
+        (SourcesFound, Queued, Waiting, Failed),
         serves=(SearchKnowledge, ListDocuments, RemoveDocument),
     ),
     Hop(

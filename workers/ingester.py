@@ -8,6 +8,7 @@ from faststream import FastStream
 from faststream.nats import NatsBroker
 
 from capibara_flow.domain.continuing import held
+from capibara_flow.errors import DocumentRefused
 from capibara_flow.ports import Answers
 from capibara_flow.runtime.depositing import Deposit
 from capibara_flow.runtime.hops import Stage
@@ -58,7 +59,11 @@ def build(
             taken: Taken | None = None
             async with answer.until_cancelled():
                 data = await deposit.fetch(command.turn, command.pieces, command.size)
-                taken = await ingest(Scope(tenant(), command.collection), _file(command, data))
+                try:
+                    taken = await ingest(Scope(tenant(), command.collection), _file(command, data))
+                except DocumentRefused:
+                    await deposit.remove(command.turn)  # who sends it again has corrected it
+                    raise
             if taken is None:
                 await answer.finish(Done(turn=command.turn, finish_reason="cancelled", model_id=""))
             else:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 
 from faststream import FastStream
 from faststream.nats import NatsBroker
@@ -14,6 +15,7 @@ from capibara_flow.ports import Answers
 from capibara_flow.runtime.hops import Stage
 from capibara_flow.runtime.joining import Join
 from capibara_flow.runtime.lanes import Lanes
+from capibara_flow.runtime.queues import Waits
 from capibara_flow.runtime.work import tenant
 from capibara_flow.telemetry import RETRIEVAL_SECONDS, RETRIEVED, log
 from topics.flow import hop
@@ -54,12 +56,14 @@ def build(
     limit: int = 10,
     permits: int = 16,
     lanes: Lanes | None = None,
+    waits: Waits | None = None,
     layout: Layout | None = None,
     retry_seconds: float = 2.0,
     patience_seconds: float | None = None,
     clock: Callable[[], float] = time.time,
 ) -> FastStream:
-    """Wire the retriever onto *broker*: at most *limit* sources for a turn, as far as a prompt takes them as *written*.
+    """Wire the retriever onto *broker*: at most *limit* sources for a turn, as far as a prompt takes them as *written*. *waits* tells who
+    has to wait for an expert.
 
     A turn goes on without sources when there are none in time.
     """
@@ -88,31 +92,56 @@ def build(
         except CapibaraError as error:
             return Removed(refused=refusal(error))
 
-    @stage.takes(consumer, permits=permits)
-    async def retrieve(command: RetrieveSources) -> None:
-        started = clock()
-        found, context, problem = await _in_time(command)
-        RETRIEVAL_SECONDS.observe(clock() - started)
+    retrieval = Retrieval(stage, join, search=search, written=written, limit=limit, clock=clock, waits=waits)
+    stage.takes(consumer, permits=permits)(retrieval.retrieve)
+    return FastStream(broker)
+
+
+class Retrieval:
+    """A turn is grounded: its sources are found in time or not at all, told, and given to the call that follows."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        join: Join,
+        *,
+        search: Search,
+        written: Written,
+        limit: int,
+        clock: Callable[[], float],
+        waits: Waits | None = None,
+    ) -> None:
+        self._stage, self._search, self._written = stage, search, written
+        self._join, self._limit, self._clock, self._waits = join, limit, clock, waits
+
+    async def retrieve(self, command: RetrieveSources) -> None:
+        """Do what *command* asks for; a redelivered one does it again, and says it once."""
+        started = self._clock()
+        found, context, problem = await self._in_time(command)
+        RETRIEVAL_SECONDS.observe(self._clock() - started)
         RETRIEVED.labels("problem" if problem else "found" if found else "nothing").inc()
         shown = SourcesFound(turn=command.turn, sources=tuple(map(SourceShown.of, found)), problem=problem or None)
-        ids = tuple(each.passage.id for each in found)
-        fact = SourcesRetrieved(
-            turn=command.turn, collection=command.collection, sources=ids, problem=problem, started=started, ended=clock()
-        )
-        await stage.say(shown, fact)
+        await self._stage.say(shown, self._fact(command, found, problem, started))
         gives = {"sources": _SOURCES.dump_python(tuple(found), mode="json"), "context": context}
         own = PartDone(turn=command.turn, step=command.step, part=HOP.worker, gives=gives, problem=problem)
-        await stage.say(put_together(command.call, await join.joined(own, command.parts, command.until)))
+        call = put_together(command.call, await self._join.joined(own, command.parts, command.until))
+        async with self._waits.telling(call, tenant()) if self._waits else nullcontext(()) as queued:
+            await self._stage.say(*queued, call)
 
-    async def _in_time(command: RetrieveSources) -> tuple[Sequence[Source], str, str]:
+    def _fact(self, command: RetrieveSources, found: Sequence[Source], problem: str, started: float) -> SourcesRetrieved:
+        ids = tuple(each.passage.id for each in found)
+        facts = {"collection": command.collection, "sources": ids, "problem": problem}
+        return SourcesRetrieved(turn=command.turn, **facts, started=started, ended=self._clock())
+
+    async def _in_time(self, command: RetrieveSources) -> tuple[Sequence[Source], str, str]:
         """What is found before the step's time is up, the text that puts it before the question, and what stood in the way."""
         scope, asked = Scope(tenant(), command.collection), query(command.call.request)
         problem = "the search did not come to an end in time"
-        while (left := command.until - clock()) > 0:
+        while (left := command.until - self._clock()) > 0:
             try:
                 async with asyncio.timeout(left):
-                    found = await search(scope, asked, limit) if asked else ()
-                    return *written(found, asked), ""
+                    found = await self._search(scope, asked, self._limit) if asked else ()
+                    return *self._written(found, asked), ""
             except TimeoutError:
                 break
             except Transient as error:
@@ -122,8 +151,6 @@ def build(
                 return (), "", str(error)
             await asyncio.sleep(_AGAIN)
         return (), "", problem
-
-    return FastStream(broker)
 
 
 def refusal(error: CapibaraError) -> Refusal:

@@ -10,6 +10,7 @@ from faststream.nats import NatsBroker
 from capibara_flow import __version__
 from capibara_flow.domain.figures import Choices
 from capibara_flow.domain.fleet import Fleet
+from capibara_flow.domain.grounding import is_courtesy
 from capibara_flow.domain.routing import Chosen, Understood, candidates, choose, needs_reading
 from capibara_flow.domain.turns import bucket
 from capibara_flow.ports import Answers
@@ -53,7 +54,8 @@ def build(
     *waits* tells who has to wait for an expert.
     *configuration* names what is decided by.
 
-    What a tenant asks who *has_documents* is grounded in them, unless the question says otherwise; that may take *grounding_seconds*.
+    What a tenant asks who *has_documents* is grounded in them, unless it only greets or thanks, or says otherwise; that may take
+    *grounding_seconds*.
     """
     counted = choices or Choices()
     stage = Stage(broker, HOP, answers, layout=layout, lanes=lanes, retry_seconds=retry_seconds, patience_seconds=patience_seconds)
@@ -75,7 +77,7 @@ def build(
         _measure(decision, seconds := clock() - started)
         counted.add(decision, seconds)
         wish = command.request.grounded
-        grounded = has_documents(tenant()) if wish is None else wish
+        grounded = has_documents(tenant()) and not is_courtesy(command.request) if wish is None else wish
         plan = found.plan(grounded=grounded)
         by = {"version": __version__, "configuration": configuration()}
         fact = TurnRouted(turn=command.turn, decision=decision, plan=plan, started=started, ended=clock(), **by)

@@ -696,14 +696,17 @@ def capsule_run(
 def rerun(  # noqa: PLR0917  typer passes options by name
     since: Annotated[str, typer.Option(metavar="AGO", help="All turns of this time: 90s, 15m, 1h, 2d.")] = "1h",
     fleet: Annotated[Path | None, typer.Option(metavar="FILE", help="The fleet (TOML) to try; the one that is in use.")] = None,
-    only: Annotated[str, typer.Option(metavar="STAGES", help="Only these stages, between commas: router, caller.")] = "router,caller",
+    only: Annotated[
+        str, typer.Option(metavar="STAGES", help="Only these stages, between commas: router, retriever, caller.")
+    ] = "router,retriever,caller",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many turns, the newest.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     state: State = DEFAULT_STATE,
 ) -> None:
     """Play recorded turns with another configuration, on a broker of its own, and list the decisions that change; exit code 1 if any does.
 
-    Engines are answered from the recordings: no model is asked. The same configuration gives 100 % the same, and exit code 0.
+    Engines are answered from the recordings: no model is asked. The same configuration gives 100 % the same, and exit code 0. Where nothing
+    could be played nothing is proved either: exit code 2.
 
     Examples: `capibara rerun --since 1h`, `capibara rerun --since 1d --fleet new.toml --only router --json`.
     """
@@ -720,8 +723,8 @@ def rerun(  # noqa: PLR0917  typer passes options by name
         typer.echo(reruns.told(done))
         for note in done.notes:
             typer.echo(f"note: {note}", err=True)
-    if done.changed:
-        raise typer.Exit(1)
+    if done.changed or not done.played:
+        raise typer.Exit(1 if done.changed else 2)
 
 
 @app.command()

@@ -12,6 +12,7 @@ import aiohttp
 from rich.console import Console
 from rich.text import Text
 
+from capibara_flow.cli.dead import line
 from capibara_flow.errors import CapibaraError
 
 RESUMES = 8
@@ -144,6 +145,8 @@ class Screen:
         self._console = console
         self._write = write
         self._reasoned = False
+        self._sources: list[dict[str, Any]] = []
+        self._cited: dict[str, Any] = {}
 
     def note(self, words: str, end: str = "\n") -> None:
         """Say something about the answer."""
@@ -162,6 +165,12 @@ class Screen:
             case "queued":
                 eta = f", about {data['eta_s']:g} s" if data.get("eta_s") else ""
                 self.note(f"in line at {data.get('expert')}: place {data.get('position')}{eta}")
+            case "sources":
+                self._sources = data.get("sources") or []
+                if data.get("problem"):
+                    self.note(line(f"without sources: {data['problem']}"))
+            case "citations":
+                self._cited = data
             case "waiting":
                 self.note(f"waiting: {data.get('reason')}")
             case "reset":
@@ -170,6 +179,7 @@ class Screen:
                 self.text = ""
             case "done":
                 self.end()
+                self._cite()
                 if data.get("finish_reason") not in ("stop", "tool_calls"):
                     self.note(f"(ended by: {data.get('finish_reason')})")
             case "error":
@@ -186,6 +196,15 @@ class Screen:
                 self._reasoned = False
             self.text += text
             self._write(text)
+
+    def _cite(self) -> None:
+        """The sources that the answer cites, and the numbers that it made up."""
+        for each in self._sources:
+            if each.get("n") in self._cited.get("cited", ()):
+                where = [part for part in (each.get("title"), each.get("url"), each.get("date")) if part]
+                self.note(line(f"[{each['n']}] {' · '.join(where)}"))
+        for number in self._cited.get("unknown", ()):
+            self.note(f"[{number}] is none of the sources")
 
     def end(self) -> None:
         """End the line of an answer."""

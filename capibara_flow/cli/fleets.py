@@ -116,15 +116,19 @@ def write_private(path: Path, text: str) -> None:
 
 
 def models_at(url: str, index: int, *, ask: Callable[[str], Any], pause: Callable[[], None], patience_seconds: float = 5) -> list[Served]:
-    """What the engine at *url* serves, asked by ``GET URL/models``; one expert ``engine-INDEX`` when it does not tell."""
+    """What the engine at *url* serves, asked by ``GET URL/models``, and with the version before it that engines are called with.
+
+    One expert ``engine-INDEX`` when it does not tell.
+    """
+    base = address = url.rstrip("/")
     end = time.monotonic() + patience_seconds
     while True:
         try:
-            listed = ask(f"{url.rstrip('/')}/models")["data"]
+            listed = ask(f"{address}/models")["data"]
             found = [_served(url, each) for each in listed if isinstance(each, dict) and each.get("id")]
         except (OSError, ValueError, KeyError, TypeError):
-            # Not up yet, or a dialect without a list.
-            found = []
+            # Not up yet, the other of the two addresses, or a dialect without a list.
+            found, address = [], base if address != base or base.endswith("/v1") else f"{base}/v1"
         if found or time.monotonic() > end:
             return found or [Served(f"engine-{index}", url)]
         pause()

@@ -30,7 +30,7 @@ from capibara_flow.wiring.laboratory import Laboratory, Setup, laboratory, own_b
 
 __all__ = ["PIPE_WIDTH", "STAGES", "Changed", "Rerun", "rerun", "stages", "table", "told"]
 
-STAGES = ("router", "caller")
+STAGES = ("router", "retriever", "caller")
 _WORDS = 60  # characters of a question in the table
 
 
@@ -63,7 +63,8 @@ class Rerun:
             {"turn": each.turn, "question": each.question, "differences": [found.as_json() for found in each.differences]}
             for each in self.changed
         ]
-        return {"played": self.played, "same": self.share, "changed": rows, "skipped": self.skipped, "notes": list(self.notes)}
+        share = self.share if self.played else None
+        return {"played": self.played, "same": share, "changed": rows, "skipped": self.skipped, "notes": list(self.notes)}
 
 
 def stages(text: str) -> frozenset[str]:
@@ -115,7 +116,9 @@ async def _records(settings: Settings, since: float, limit: int | None, fleet: F
 
 async def _played(settings: Settings, records: Sequence[Record], setup: Setup, only: frozenset[str], console: Console) -> Rerun:
     done = Rerun()
-    async with laboratory(settings, setup, router="router" in only, caller="caller" in only) as place, _bar(console, len(records)) as bar:
+    # What a retriever is asked comes from the router.
+    wanted = {"router": bool(only & {"router", "retriever"}), "retriever": "retriever" in only, "caller": "caller" in only}
+    async with laboratory(settings, setup, **wanted) as place, _bar(console, len(records)) as bar:
 
         async def one(record: Record) -> None:
             await _one(place, record, setup.fleet, only, done)
@@ -131,8 +134,9 @@ async def _played(settings: Settings, records: Sequence[Record], setup: Setup, o
 async def _one(place: Laboratory, record: Record, fleet: Fleet, only: frozenset[str], done: Rerun) -> None:
     recording = recorded(record, fleet)
     again = await place.play(recording, record)
-    router = "router" in only and recording.stage == "router"
-    found = changes(record, again, router=router, caller="caller" in only)
+    whole = recording.stage == "router"
+    wanted = {"router": whole and "router" in only, "retriever": whole and "retriever" in only, "caller": "caller" in only}
+    found = changes(record, again, **wanted)
     done.played += 1
     if found:
         done.changed.append(Changed(record.turn, record.asked.request.question if record.asked else "", found))
@@ -161,6 +165,9 @@ def table(done: Rerun) -> Table:
 
 def told(done: Rerun) -> str:
     """How much is the same, in a line."""
+    if not done.played:
+        why = f"{len(done.skipped)} turns could not be (--json tells why)" if done.skipped else "no turn of that time is kept"
+        return f"nothing was played: {why}"
     words = f"{done.played} turns played, {len(done.changed)} changed: {100 * done.share:.4g} % the same"
     return words + (f"; {len(done.skipped)} could not be played (--json tells why)" if done.skipped else "")
 

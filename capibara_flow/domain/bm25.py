@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import log
 
-import Stemmer
-
 from capibara_flow.ports import Spread
 from topics.knowledge import Passage
 
@@ -186,7 +184,11 @@ def _places(word: str, language: str) -> tuple[int, int]:
     """The terms of *word*: folded, and its Snowball stem (the same in a language without a stemmer). Texts have the same words again."""
     plain = fold(word)
     name = _STEMMERS.get(language)
-    return _id(plain), _id(str(Stemmer.Stemmer(name, 0).stemWord(plain)) if name else plain)
+    if not name:
+        return _id(plain), _id(plain)
+    import Stemmer  # noqa: PLC0415  who has no documents need not have it
+
+    return _id(plain), _id(str(Stemmer.Stemmer(name, 0).stemWord(plain)))
 
 
 def _id(term: str) -> int:

@@ -227,6 +227,7 @@ def _content(data: bytes) -> dict[str, Any]:
 def _value(data: bytes) -> tuple[bool, Any]:
     try:
         value = json.loads(data)
+        json.dumps(value, allow_nan=False)  # what only Python takes for JSON would be written as null
         return _compact(value) == data and value is not None, value
     except (ValueError, RecursionError):
         return False, None
@@ -245,19 +246,20 @@ def _json(value: Any, indent: int | None = None) -> str:
 #: Output that asks for patience: whether and how often it is told depends on the time.
 _TIMED = frozenset({"waiting", "loading", "queued"})
 #: What belongs to which stage; the rest is the caller's.
-_ROUTERS = frozenset({"decision", "plan"})
+_ROUTERS, _RETRIEVERS = frozenset({"decision", "plan"}), frozenset({"sources"})
 
 
-def changes(before: Record, after: Record, *, router: bool = True, caller: bool = True) -> tuple[Difference, ...]:
+def changes(before: Record, after: Record, *, router: bool = True, retriever: bool = True, caller: bool = True) -> tuple[Difference, ...]:
     """In what *after*, the same turn played again, is not as it was *before*: decisions, then every byte that the client got.
 
     Times, the borders of batches, and what asks for patience are left out. A stage that was not played is not compared.
     """
     found = [each for each in differences(before, after) if each.where != "request"]
     failed_early = not before.calls
-    kept = [each for each in found if (router if each.where in _ROUTERS else caller or failed_early)]
+    played = dict.fromkeys(_ROUTERS, router) | dict.fromkeys(_RETRIEVERS, retriever)
+    kept = [each for each in found if played.get(each.where, caller or failed_early)]
     if not caller:
-        return tuple(each for each in kept if each.where in _ROUTERS or each.what in {"outcome", "title"})
+        return tuple(each for each in kept if each.where in played or each.what in {"outcome", "title"})
     one, other = list(said(before)), list(said(after))
     if one != other:
         place = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -103,10 +103,9 @@ def begun(record: Record, stage: Stage) -> tuple[Sent, ...]:
 
 
 def begins_at(record: Record) -> Stage:
-    """Where the turn of *record* began: a fork may have left the router out, and sources can be found only once."""
-    plan = record.routed.plan.steps if record.routed else ()
+    """Where the turn of *record* began: a fork may have left the router out."""
     copied = any(COPIED in entry.headers for entry in record.entries)
-    return "caller" if record.calls and (copied or any(step.stage != "caller" for step in plan)) else "router"
+    return "caller" if record.calls and copied else "router"
 
 
 def copies(record: Record, turn: str) -> tuple[Sent, ...]:

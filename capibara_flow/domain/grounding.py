@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import ValidationError
 
+from capibara_flow.domain.lexical import fold
 from capibara_flow.errors import BadRequest
 from topics.chat import CallExpert, ChatMessage, ChatRequest
 from topics.grounding import PartDone
@@ -13,6 +14,14 @@ _SHORT = 6  # words: a question of no more may rest on the one before
 _MOST = 2000  # characters of a question that are looked for: the beginning and the end of a longer one
 #: What a part may give to the call that follows.
 _GIFTS = frozenset({"sources", "context"})
+
+#: A greeting, a thank-you or a goodbye, or several of them, and nothing else; read without accents.
+_COURTESY = re.compile(
+    r"(?:\W*\b(?:hi|hey|hello|hola|good (?:morning|afternoon|evening|night)|buenos dias|buen dia|buenas(?: (?:tardes|noches))?"
+    r"|how are you|que tal|como (?:estas?|va)|thanks|thank you|(?:so|very) much|a lot|(?:muchas |mil )?gracias"
+    r"|(?:good)?bye|adios|chau|hasta (?:luego|pronto|manana))\b)+\W*"
+)
+_LONGEST_COURTESY = 80  # characters
 
 _FENCED = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _CITED = re.compile(r"\[\s*(\d{1,4}(?:\s*(?:[,;]|-|–)\s*\d{1,4})*)\s*\]")
@@ -26,6 +35,12 @@ def query(request: ChatRequest) -> str:
     if len(asked) > 1 and len(last.split()) <= _SHORT:
         last = f"{asked[-2]}\n{last}"
     return last if len(last) <= _MOST else f"{last[: _MOST // 2]}\n{last[-_MOST // 2 :]}"
+
+
+def is_courtesy(request: ChatRequest) -> bool:
+    """Whether the last that the user says only greets, thanks or takes leave: no document bears on that."""
+    said = request.question.strip()
+    return len(said) <= _LONGEST_COURTESY and _COURTESY.fullmatch(fold(said)) is not None
 
 
 def grounded(request: ChatRequest, context: str) -> ChatRequest:

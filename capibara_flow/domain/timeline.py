@@ -24,6 +24,7 @@ _DOOR_SECONDS = 60.0  # an id that was made longer before its question was store
 _MOMENT = 0.005  # seconds
 _FACT = 500  # characters of a fact
 #: What an attempt of which nobody told the end came to, as far as can be seen.
+BROKE = "broke off, and was the last one"
 AGAIN, LOST, RUNNING = "broke off, tried again by the same process", "never told its end: its process died or lost the turn", "running"
 
 
@@ -194,7 +195,9 @@ def _attempts(record: Record, branch: str, began: float) -> Iterator[Stage]:
         elif (ending := _ending(record, branch, lease, following)) is not None:
             yield Stage("end", _process(lease).split("@")[0], lease.when - began, ending[0].when - began, ending[1])
         else:
-            yield _silent_attempt(record, branch, (lease, following), number + 1, began)
+            after = leases[number + 2] if number + 2 < len(leases) else None
+            given_up = following is not None and _ending(record, branch, following, after) is not None
+            yield _silent_attempt(record, branch, (lease, following), number + 1, began, again=not given_up)
     for number, each in enumerate(told):
         if number not in matched:
             lasted = each.message.ended - each.message.started
@@ -225,13 +228,14 @@ def _told_attempt(each: Told[ExpertCalled], start: float, record: Record) -> Sta
     return Stage("attempt", fact.expert, start, start + max(0.0, fact.ended - fact.started), fact.outcome, _given(facts))
 
 
-def _silent_attempt(record: Record, branch: str, leases: tuple[Entry, Entry | None], number: int, began: float) -> Stage:
-    """An attempt without an account: a process that died tells nothing, and neither does one that tries again itself."""
+def _silent_attempt(record: Record, branch: str, leases: tuple[Entry, Entry | None], number: int, began: float, *, again: bool) -> Stage:
+    """An attempt without an account: a process that died tells nothing, nor does one that tries *again* itself, or gives the turn up."""
     lease, following = leases
     batches = [entry for entry in record.branch(branch) if _between(entry, lease, following)]
     end, outcome = None, RUNNING
     if following is not None:
-        end, outcome = following.when - began, AGAIN if _process(following) == _process(lease) else LOST
+        end = following.when - began
+        outcome = LOST if _process(following) != _process(lease) else AGAIN if again else BROKE
     elif record.end is not None and branch == "main":
         end, outcome = (batches[-1].when if batches else record.entries[-1].when) - began, LOST
     facts: dict[str, Any] = {"attempt": number, "told": False}

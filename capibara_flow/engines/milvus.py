@@ -8,12 +8,13 @@ import asyncio
 import hashlib
 import json
 import logging
+import threading
 import time
 from array import array
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,8 @@ import numpy as np
 from pymilvus import DataType, MilvusClient
 from pymilvus.exceptions import ConnectError, ConnectionConfigException, ErrorCode, MilvusException, MilvusUnavailableException
 
-from capibara_flow.errors import CannotStart, DocumentRefused, EmbedderMismatch, StoreUnavailable
+from capibara_flow.engines.nearby import Nearby
+from capibara_flow.errors import CannotStart, DocumentRefused, EmbedderMismatch, StoreInUse, StoreUnavailable
 from capibara_flow.ports import Spread, Vectors
 from topics.knowledge import Hit, Passage, Scope
 
@@ -34,10 +36,11 @@ _MODEL, _DIMENSION = "capibara.model", "capibara.dimension"
 #: A row without any word still needs a term: the last place, which no word has.
 _NO_TERM = 2**32 - 2
 _ROWS = 500  # at a time, to and from the store
+_READ = 2000  # at a time, where a scope is read once: for each page, Milvus Lite looks at all rows
 _MOST = 16_384  # hits that Milvus gives at most
 _BODY = 65_536  # bytes that a JSON field takes
-#: Milvus Lite searches what it has not flushed row by row: so many rows are not left waiting by who writes, or by who searches.
-_FLUSH_AT, _FLUSH_FIRST = 200, 20
+#: So many rows are not left to Milvus Lite's log alone: reading them from there takes long.
+_FLUSH_AT = 200
 #: How often a server is asked what others wrote, how far clocks may differ, and which share may be missed before all is counted again.
 _LOOK_S, _SKEW_MS, _DRIFT = 30.0, 60_000, 0.02
 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it raises, and advice that is not for our readers
@@ -49,12 +52,16 @@ _AWAY = {ErrorCode.RATE_LIMIT, ErrorCode.FORCE_DENY, 1, 2, 5, 101, 503}
 
 @dataclass
 class _Terms:
-    """The terms of each row of a scope by key, and how many rows have each; *newest* is the latest change that is in it."""
+    """The terms of each row of a scope by key, and how many rows have each; *newest* is the latest change that is in it.
+
+    Of Milvus Lite, which looks at each row in Python, the rows are *nearby* as well, and searched there.
+    """
 
     rows: dict[str, tuple[str, "array[int]"]] = field(default_factory=dict)
     containing: Counter[int] = field(default_factory=Counter)
     newest: int = 0
     looked: float = 0.0
+    nearby: Nearby | None = None
 
     def put(self, key: str, document: str, terms: Iterable[int], changed: int) -> None:
         """Count a row; one that was there under the key is counted no more."""
@@ -62,6 +69,12 @@ class _Terms:
         self.rows[key] = (document, array("I", (term for term in terms if term != _NO_TERM)))
         self.containing.update(self.rows[key][1])
         self.newest = max(self.newest, changed)
+
+    def take(self, row: Mapping[str, Any]) -> None:
+        """Count *row* as it is written and read, and have it nearby."""
+        self.put(row["key"], row["document"], row["sparse"], row["changed"])
+        if self.nearby is not None:
+            self.nearby.put(row["key"], row["document"], row["passage"], row["dense"], row["sparse"])
 
     def drop(self, key: str) -> None:
         """Count a row no more."""
@@ -72,6 +85,8 @@ class _Terms:
 
     def forget(self, document: str) -> None:
         """Count the rows of a document no more."""
+        if self.nearby is not None:
+            self.nearby.forget(document)
         for key in [key for key, (owner, _) in self.rows.items() if owner == document]:
             self.drop(key)
 
@@ -79,9 +94,10 @@ class _Terms:
 class MilvusPassages:
     """``ports.PassageStore`` at *uri*: ``http://host:19530`` with a *token* (``user:password``), or a path that Milvus Lite keeps.
 
-    A path ends with ``.db`` and belongs to one process at a time: ``prepare`` raises ``CannotStart`` in a second one. *timeout* is in
+    A path ends with ``.db`` and belongs to one process at a time: ``prepare`` raises ``StoreInUse`` in a second one. *timeout* is in
     seconds, for one call. How many rows have a term is read once a scope, kept in step with what this process writes, and with what
-    others write to a server by looking for changes now and then.
+    others write to a server by looking for changes now and then. What Milvus Lite keeps is searched in memory, exactly: it takes 4 bytes a
+    number and 16 a term.
     """
 
     def __init__(
@@ -105,6 +121,7 @@ class MilvusPassages:
         self._opening = asyncio.Lock()
         self._terms: dict[str, _Terms] = {}
         self._counting = asyncio.Lock()
+        self._writing = threading.RLock()
         self._unflushed = 0
 
     async def prepare(self, model: str, dimension: int) -> None:
@@ -117,22 +134,17 @@ class MilvusPassages:
             for passage, vector, weights in zip(passages, dense, sparse, strict=True)
         ]
         for some in _slices(rows):
-            await self._do(self._upsert, some)
-        async with self._counting:
-            if counted := self._terms.get(where):
-                for row in rows:
-                    counted.put(row["key"], row["document"], row["sparse"], changed)
+            await self._do(self._upsert, where, some)
 
     async def delete(self, scope: Scope, document: str) -> None:
         where = _digest(scope.tenant, scope.collection)
-        await self._do(self._delete, f"scope == {_literal(where)} and document == {_literal(document)}")
-        async with self._counting:
-            if counted := self._terms.get(where):
-                counted.forget(document)
+        await self._do(self._delete, where, document)
 
     async def nearest(self, scope: Scope, vector: Vectors, limit: int) -> list[Hit]:
         where = _digest(scope.tenant, scope.collection)
         row = np.asarray(vector, np.float32).reshape(-1)
+        if self._lite and (rows := (await self._counted(where)).nearby) is not None:
+            return await self._do(rows.nearest, row, limit)
         return await self._do(self._search, "dense", row, f"scope == {_literal(where)}", "COSINE", limit)
 
     async def matching(self, scope: Scope, terms: Mapping[int, float], limit: int) -> list[Hit]:
@@ -140,6 +152,8 @@ class MilvusPassages:
         if not wanted:
             return []
         where = _digest(scope.tenant, scope.collection)
+        if self._lite and (rows := (await self._counted(where)).nearby) is not None:
+            return await self._do(rows.matching, wanted, limit)
         return await self._do(self._search, "sparse", wanted, f"scope == {_literal(where)}", "IP", limit)
 
     async def spread(self, scope: Scope, terms: Sequence[int]) -> Spread:
@@ -267,26 +281,44 @@ class MilvusPassages:
         self._milvus.create_index(name, indexes, timeout=self._timeout, sync=not self._lite)  # Lite has them at once; the client would wait
         self._milvus.load_collection(name, timeout=self._timeout)
 
-    def _upsert(self, rows: list[dict[str, Any]]) -> None:
-        self._milvus.upsert(self._name, rows, timeout=self._timeout)
-        self._unflushed += len(rows)
-        self._flush(_FLUSH_AT)
+    def _upsert(self, where: str, rows: list[dict[str, Any]]) -> None:
+        """Write *rows* and count them, whether or not somebody still waits for it."""
+        with self._kept_in_step(where):
+            self._milvus.upsert(self._name, rows, timeout=self._timeout)
+            with self._writing:
+                if counted := self._terms.get(where):
+                    for row in rows:
+                        counted.take(row)
+            self._unflushed += len(rows)
+            if self._lite and self._unflushed >= _FLUSH_AT:
+                self._unflushed = 0
+                self._milvus.flush(self._name)
 
-    def _flush(self, least: int) -> None:
-        if self._lite and self._unflushed >= least:
-            self._unflushed = 0
-            self._milvus.flush(self._name)
+    @contextmanager
+    def _kept_in_step(self, where: str) -> Iterator[None]:
+        """While what Milvus Lite keeps of a scope changes: nobody reads it meanwhile, and all is read anew when a change broke off."""
+        with self._writing if self._lite else nullcontext():
+            try:
+                yield
+            except BaseException:
+                if self._lite:
+                    self._terms.pop(where, None)
+                raise
 
     def _insert(self, name: str, rows: list[dict[str, Any]]) -> None:
         self._milvus.upsert(name, rows, timeout=self._timeout)
         if self._lite:
             self._milvus.flush(name)
 
-    def _delete(self, which: str) -> None:
-        self._milvus.delete(self._name, filter=which, timeout=self._timeout)
+    def _delete(self, where: str, document: str) -> None:
+        which = f"scope == {_literal(where)} and document == {_literal(document)}"
+        with self._kept_in_step(where):
+            self._milvus.delete(self._name, filter=which, timeout=self._timeout)
+            with self._writing:
+                if counted := self._terms.get(where):
+                    counted.forget(document)
 
     def _search(self, field: str, vector: Any, which: str, metric: str, limit: int) -> list[Hit]:
-        self._flush(_FLUSH_FIRST)
         found = self._milvus.search(
             self._name,
             data=[vector],
@@ -303,9 +335,9 @@ class MilvusPassages:
     def _query(self, which: str, fields: list[str]) -> list[dict[str, Any]]:
         return list(self._milvus.query(self._name, filter=which, output_fields=fields, timeout=self._timeout))
 
-    def _pages(self, fields: list[str], which: str = "") -> Iterator[list[dict[str, Any]]]:
-        """All rows, some at a time."""
-        pages = self._milvus.query_iterator(self._name, batch_size=_ROWS, filter=which, output_fields=fields, timeout=self._timeout)
+    def _pages(self, fields: list[str], which: str = "", size: int = _ROWS) -> Iterator[list[dict[str, Any]]]:
+        """All rows, *size* at a time."""
+        pages = self._milvus.query_iterator(self._name, batch_size=size, filter=which, output_fields=fields, timeout=self._timeout)
         try:
             while page := pages.next():
                 yield page
@@ -320,6 +352,7 @@ class MilvusPassages:
         self._milvus.rename_collection(self._name, f"{self._name}_old", timeout=self._timeout)
         self._milvus.rename_collection(copy, self._name, timeout=self._timeout)
         self._milvus.drop_collection(f"{self._name}_old", timeout=self._timeout)
+        self._terms.clear()
 
     # --- statistics ----------------------------------------------------------------------------------------------
 
@@ -331,26 +364,35 @@ class MilvusPassages:
         async with self._counting:
             counted = self._terms.get(where)
             if counted is None:
-                counted = self._terms[where] = await self._do(self._count, where)
+                counted = await self._do(self._count, where)
             elif not self._lite and self._clock() - counted.looked >= _LOOK_S:
                 counted = self._terms[where] = await self._do(self._look, where, counted)
             counted.looked = self._clock()
             return counted
 
     def _count(self, where: str) -> _Terms:
-        return self._read(_Terms(), f"scope == {_literal(where)}")
+        with self._writing:
+            counted = self._read(_Terms(nearby=Nearby(self._dimension()) if self._lite else None), f"scope == {_literal(where)}")
+            self._terms[where] = counted
+            return counted
+
+    def _dimension(self) -> int:
+        kept = self._milvus.describe_collection(self._name, timeout=self._timeout)
+        return int((kept.get("properties") or {})[_DIMENSION])
 
     def _look(self, where: str, counted: _Terms) -> _Terms:
         """*counted* with what others wrote since; all is read again when too much of it is gone."""
         only = f"scope == {_literal(where)}"
-        self._read(counted, f"{only} and changed > {counted.newest - _SKEW_MS}")
-        there = int(self._query(only, ["count(*)"])[0]["count(*)"])
-        return counted if abs(there - len(counted.rows)) <= _DRIFT * there else self._count(where)
+        with self._writing:
+            self._read(counted, f"{only} and changed > {counted.newest - _SKEW_MS}")
+            there = int(self._query(only, ["count(*)"])[0]["count(*)"])
+            return counted if abs(there - len(counted.rows)) <= _DRIFT * there else self._count(where)
 
     def _read(self, into: _Terms, which: str) -> _Terms:
-        for page in self._pages(["document", "changed", "sparse"], which):
+        fields = ["document", "changed", "sparse", *(("passage", "dense") if into.nearby is not None else ())]
+        for page in self._pages(fields, which, _READ):
             for row in page:
-                into.put(row["key"], row["document"], row["sparse"], row["changed"])
+                into.take(row)
         return into
 
 
@@ -387,14 +429,14 @@ def _slices(items: list[Result]) -> Iterator[list[Result]]:
 
 
 def _check_free(path: str) -> None:
-    """Raise ``CannotStart`` when another process has Milvus Lite's folder: its own error would be a traceback in the log."""
+    """Raise ``StoreInUse`` when another process has Milvus Lite's folder: its own error would be a traceback in the log."""
     from milvus_lite.db import MilvusLite  # noqa: PLC0415  only where it is embedded
     from milvus_lite.exceptions import DataDirLockedError  # noqa: PLC0415
 
     try:
         MilvusLite(path).close()
     except DataDirLockedError as error:
-        raise CannotStart(
+        raise StoreInUse(
             f"{path} is in use by another process: Milvus Lite serves one at a time. Let that one do it, or run a Milvus server"
         ) from error
 

@@ -2,13 +2,16 @@
 
 They are made as they are needed. Whoever sends a turn to a lane of which nobody may know tells it first, by a key in a bucket
 (``topics.streams.LANES``) that outlives the turn. Who takes work listens to those keys, and reads them again and again: a notice that got
-lost strands no turn.
+lost strands no turn. Turns whose lane nobody has told, because a release sent them that knew of none, or because the bucket was lost, are
+found in the queue itself, at the start and again and again.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
+import orjson
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError
@@ -18,11 +21,11 @@ from capibara_flow.runtime.bucket import MARKER
 from capibara_flow.runtime.client import TokenClient, header
 from capibara_flow.runtime.output import stored
 from capibara_flow.telemetry import log
-from topics.chat import CallExpert
-from topics.streams import FIRST_LANE, LANE_AGAIN_SECONDS, LANE_SECONDS, LANES, lane_key
+from topics.chat import CallExpert, bucket_of
+from topics.streams import CALLS, FIRST_LANE, LANE_AGAIN_SECONDS, LANE_SECONDS, LANES, lane_key
 
-_TIMEOUT = 5.0
-_WHOLE = 12  # every so many looks all keys are read: a stream that was made anew counts from one again
+_TIMEOUT, _LOOK_TIMEOUT = 5.0, 1.0
+_WHOLE = 12  # every so many looks all keys are read, and the queue: a stream that was made anew counts from one again
 _KEYS = lane_key("*", "*")
 
 Clock = Callable[[], float]
@@ -61,6 +64,7 @@ class Lanes:
         self._subscription = await self._client.listen(_KEYS, self._hear)
         await self._client.flush()
         await self.read()
+        await self._look()
         self._task = asyncio.create_task(self._keep())
 
     async def stop(self) -> None:
@@ -94,6 +98,8 @@ class Lanes:
             if looks % _WHOLE == 0:
                 self._after = 0
             await self.read()
+            if looks % _WHOLE == 0:
+                await self._look()
             oldest = self._clock() - LANE_SECONDS
             for expert, lane in [key for key, (_, at) in self._known.items() if at < oldest]:
                 del self._known[expert, lane]
@@ -108,3 +114,29 @@ class Lanes:
                 self._after = found[-1].sequence
         except (BrokerUnavailable, NatsError) as error:
             log.warning("lanes_unread", error=repr(error))
+
+    async def _look(self) -> None:
+        """Learn of lanes that nobody has told but turns wait in; whose they are is not known."""
+        try:
+            subjects = await subjects_of(self._client, "*")
+        except (NatsError, TimeoutError, KeyError, ValueError) as error:
+            log.warning("lanes_unseen", error=repr(error))
+            return
+        for expert, lane in sorted({(parts[-2], parts[-1]) for parts in (subject.split(".") for subject in subjects)}):
+            if lane != FIRST_LANE and is_lane(lane) and (expert, lane) not in self._known:
+                self._known[expert, lane] = "", self._clock()
+                self.on_change(expert)
+
+
+async def subjects_of(client: TokenClient, expert: str) -> list[str]:
+    """The subjects of all calls of *expert* (a token, or ``*`` for all) that are in the queue. Raises what nats-py raises."""
+    asked = orjson.dumps({"subjects_filter": f"cf.work.*.call.{expert}.*"})
+    reply = await client.request(f"$JS.API.STREAM.INFO.{CALLS}", asked, timeout=_LOOK_TIMEOUT)
+    return list(orjson.loads(reply.data)["state"].get("subjects") or ())
+
+
+def is_lane(text: str) -> bool:
+    """Whether turns may wait in a lane of that name."""
+    with suppress(ValueError):
+        return bool(bucket_of(text))
+    return False

@@ -11,26 +11,24 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
-import orjson
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from capibara_flow.domain.sharing import Hands, Place, Share, place
 from capibara_flow.runtime.client import TokenClient
-from capibara_flow.runtime.lanes import Lanes
+from capibara_flow.runtime.lanes import Lanes, is_lane, subjects_of
 from capibara_flow.runtime.peers import Desk, Peers
 from capibara_flow.runtime.pump import Pump, Sharing
 from capibara_flow.telemetry import log
 from topics.chat import PRIORITIES, CallExpert, bucket_of, lane_of
 from topics.message import TENANT
 from topics.output import Queued
-from topics.streams import CALLS, FIRST_LANE, Consumer, caller_consumer, served
+from topics.streams import FIRST_LANE, Consumer, caller_consumer, served
 
 Ensure = Callable[[Consumer], Callable[[], Awaitable[None]]]
 
 _FRESH = 0.25  # seconds for which a look at a queue is believed
 _UNTOLD = 0.15  # seconds until whoever has taken a call has reported it, if it took his last hand
-_TIMEOUT = 1.0
 _SHORT = 0.2  # seconds: a wait that is over before anybody has read of it is not told
 
 
@@ -223,20 +221,7 @@ def together(desks: list[Desk], now: float) -> Hands:
 async def turns_of(client: TokenClient, expert: str) -> dict[str, int]:
     """How many turns are in the queue of *expert* (a token), by lane, those at work among them. Raises what nats-py raises."""
     found: Counter[str] = Counter(subject.rsplit(".", 1)[-1] for subject in await subjects_of(client, expert))
-    return {lane: count for lane, count in found.items() if _is_lane(lane)}
-
-
-async def subjects_of(client: TokenClient, expert: str) -> list[str]:
-    """The subjects of all calls of *expert* (a token, or ``*`` for all) that are in the queue. Raises what nats-py raises."""
-    asked = orjson.dumps({"subjects_filter": f"cf.work.*.call.{expert}.*"})
-    reply = await client.request(f"$JS.API.STREAM.INFO.{CALLS}", asked, timeout=_TIMEOUT)
-    return list(orjson.loads(reply.data)["state"].get("subjects") or ())
-
-
-def _is_lane(text: str) -> bool:
-    with suppress(ValueError):
-        return bool(bucket_of(text))
-    return False
+    return {lane: count for lane, count in found.items() if is_lane(lane)}
 
 
 def _waiting(turns: Mapping[str, int], desks: list[Desk]) -> dict[str, int]:

@@ -11,9 +11,9 @@ from capibara_flow.domain.sharing import place
 from capibara_flow.domain.turns import ANONYMOUS, created, is_turn_id
 from capibara_flow.errors import BrokerUnavailable
 from capibara_flow.runtime.client import TokenClient
-from capibara_flow.runtime.lanes import Lanes
+from capibara_flow.runtime.lanes import Lanes, subjects_of
 from capibara_flow.runtime.peers import WORKER, Desk, desks
-from capibara_flow.runtime.queues import shared, subjects_of, together
+from capibara_flow.runtime.queues import shared, together
 from capibara_flow.runtime.reports import read_reports
 from topics.chat import PRIORITIES, bucket_of, lane_of
 from topics.streams import FIRST_LANE

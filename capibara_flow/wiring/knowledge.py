@@ -43,7 +43,7 @@ class Library:
             raise SettingsError("no place for documents: set CAPIBARA_KNOWLEDGE__FOLDER to a folder, or name a server for each store")
         self._settings, self._clock = settings, clock
         self._stack = AsyncExitStack()
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[Stores] | None = None
         self._stores: Stores | None = None
         self._tenants: list[str] = []
         self._looking: asyncio.Task[None] | None = None
@@ -55,21 +55,29 @@ class Library:
 
     async def aclose(self) -> None:
         """Let everything go."""
-        if self._looking:
-            self._looking.cancel()
-            await asyncio.wait({self._looking})
+        if tasks := [task for task in (self._looking, self._opening) if task]:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
         await self._stack.aclose()
 
     async def opened(self) -> Stores:
-        """The stores; raises ``CannotStart``, ``StoreUnavailable`` and ``EmbedderMismatch``."""
-        async with self._opening:
-            if self._stores is None:
-                async with AsyncExitStack() as stack:
-                    self._stores = await _open(self._settings, stack, self._clock)
-                    self._stack = stack.pop_all()
-            if self._looking is None:
-                self._looking = asyncio.create_task(self._look())
+        """The stores; raises ``CannotStart``, ``StoreInUse``, ``StoreUnavailable`` and ``EmbedderMismatch``."""
+        if self._stores is not None:
             return self._stores
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+            self._opening.add_done_callback(lambda _: setattr(self, "_opening", None))
+        # Whoever has waited for long enough goes; the opening goes on, for the next one.
+        return await asyncio.shield(self._opening)
+
+    async def _open(self) -> Stores:
+        async with AsyncExitStack() as stack:
+            self._stores = await _open(self._settings, stack, self._clock)
+            self._stack = stack.pop_all()
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look())
+        return self._stores
 
     async def search(self, scope: Scope, question: str, limit: int) -> Sequence[Source]:
         """The best *limit* sources for *question*."""

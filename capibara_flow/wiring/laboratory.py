@@ -7,7 +7,7 @@ import asyncio
 import os
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,13 +26,14 @@ from capibara_flow.domain.routing import DEFAULT, Understood
 from capibara_flow.engines.build import build_engine
 from capibara_flow.engines.embeddings.build import build_embedder
 from capibara_flow.engines.recorded import Played, RecordedEngine
-from capibara_flow.errors import BadRequest, BrokerUnavailable, CannotStart
+from capibara_flow.errors import BadRequest, BrokerUnavailable, CannotStart, CapibaraError
 from capibara_flow.ports import Abilities
 from capibara_flow.runtime import brokers, provision, work
 from capibara_flow.runtime.answers import FencedAnswer, FencedAnswers
 from capibara_flow.runtime.client import TokenClient, fields
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.forking import publish
+from capibara_flow.runtime.joining import Join
 from capibara_flow.runtime.lanes import Lanes
 from capibara_flow.runtime.output import cancel, one_message
 from capibara_flow.runtime.peers import Peers
@@ -42,14 +43,17 @@ from capibara_flow.runtime.understanding import Tools, Understanding
 from capibara_flow.settings import ROUTES, NatsSettings, RouterSettings, Settings, SettingsError, WorkerSettings, read_routes
 from capibara_flow.wiring.streams import connected, consumers, expert_consumers, layout, tuned
 from topics.chat import ChatRequest
+from topics.grounding import SourcesRetrieved
+from topics.knowledge import Scope, Source
 from topics.message import DEADLINE, ORIGIN, PRINCIPAL, TENANT
 from topics.output import FINALS, event_of
-from topics.streams import caller_consumer, router_consumer, subject_token, undertaker_consumer
+from topics.streams import caller_consumer, retriever_consumer, router_consumer, subject_token, undertaker_consumer
 
 #: Seconds: between two tries at what went wrong for a while, and what an attempt takes that lasted longer than that.
 _RETRY, _LASTING = 0.4, 0.5
 #: Seconds until the deadline of a turn that is to miss it, beside those for each attempt; of any other turn; and until we give one up.
 _SHORT, _LONG, _PATIENCE = 2.0, 120.0, 60.0
+RETRIEVER = "retriever"
 _AT_ONCE = 8  # turns that are played at a time
 _PERMITS = 64  # calls at once, far more than those of these turns
 _PIECES = frozenset({"token", "tool"})
@@ -93,18 +97,20 @@ def own_broker() -> Iterator[Settings]:
 
 
 @asynccontextmanager
-async def laboratory(settings: Settings, setup: Setup, *, router: bool = True, caller: bool = True) -> AsyncIterator["Laboratory"]:
+async def laboratory(
+    settings: Settings, setup: Setup, *, router: bool = True, retriever: bool = True, caller: bool = True
+) -> AsyncIterator["Laboratory"]:
     """Workers on the empty broker of *settings*, for the length of a block: an undertaker, and those that are wanted."""
     async with AsyncExitStack() as stack:
         operator = await stack.enter_async_context(connected(settings, "provisioner"))
         house = (tuned(undertaker_consumer(), settings),)
         await provision.apply(operator.jetstream(timeout=15), layout(settings), (*consumers(settings, setup.fleet), *house))
         observer = await stack.enter_async_context(connected(settings, "observer"))
-        made = Laboratory(operator, observer, router=router, caller=caller)
+        made = Laboratory(operator, observer, router=router, retriever=retriever, caller=caller)
         await made.listen()
         reading = Reading(setup, made.playing, made.notes)
         stack.push_async_callback(reading.aclose)
-        wanted = {"router": router, "caller": caller, "undertaker": True}
+        wanted = {"router": router, "retriever": router, "caller": caller, "undertaker": True}
         for name in (name for name, there in wanted.items() if there):
             needs = await stack.enter_async_context(_needs(name, settings, setup, made, reading))
             broker = brokers.broker(settings, name)
@@ -117,11 +123,12 @@ async def laboratory(settings: Settings, setup: Setup, *, router: bool = True, c
 class Laboratory:
     """Where recordings are played; *notes* tell what could not be done as it was."""
 
-    def __init__(self, operator: TokenClient, observer: TokenClient, *, router: bool, caller: bool) -> None:
+    def __init__(self, operator: TokenClient, observer: TokenClient, *, router: bool, retriever: bool, caller: bool) -> None:
         self._operator, self._observer = operator, observer
-        self._router, self._caller = router, caller
+        self._router, self._retriever, self._caller = router, retriever, caller
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._played: dict[str, Played] = {}
+        self._records: dict[str, Record] = {}
         self._heard: dict[str, _Heard] = {}
         self.notes: dict[str, None] = {}
 
@@ -136,6 +143,7 @@ class Laboratory:
     async def _play(self, recording: Recording, record: Record) -> Record:
         played = self._played[recording.turn] = Played(recording)
         heard = self._heard[recording.turn] = _Heard()
+        self._records[recording.turn] = record
         stage: Stage = recording.stage if self._router else "caller"
         try:
             await self._begin(record, stage, _deadline(recording))
@@ -143,7 +151,7 @@ class Laboratory:
                 async with asyncio.timeout(_PATIENCE + _LASTING * len(recording.takes)):
                     await self._finish(recording, played, heard)
         finally:
-            del self._played[recording.turn], self._heard[recording.turn]
+            del self._played[recording.turn], self._heard[recording.turn], self._records[recording.turn]
             played.over = True
             played.quiet.set()
         return Record(recording.turn, tuple(heard.entries))
@@ -154,6 +162,34 @@ class Laboratory:
         if (played := self._played.get(turn)) is None:
             raise BadRequest(f"{turn} is not played any more")
         return played
+
+    @property
+    def grounds(self) -> bool:
+        """Whether sources were looked for, for the turn whose message is at work; raises ``BadRequest`` when it is none of ours."""
+        record = self._records[self.playing().recording.turn]
+        return record.routed is not None and any(step.stage == RETRIEVER for step in record.routed.plan.steps)
+
+    @property
+    def context(self) -> str:
+        """The text that puts before the question what was found for the turn whose message is at work."""
+        calls = self._records[self.playing().recording.turn].calls
+        return calls[0].message.context if calls else ""
+
+    async def found(self) -> Sequence[Source]:
+        """The sources that were found for the turn whose message is at work.
+
+        Raises ``CapibaraError`` with the problem that there was. Who never came so far waits until the turn has ended.
+        """
+        turn = self.playing().recording.turn
+        record = self._records[turn]
+        self.notes["sources are not looked for anew: those of the recording are taken"] = None
+        if problem := next((each.message.problem for each in record.of(SourcesRetrieved) if each.message.problem), ""):
+            raise CapibaraError(problem)
+        if not record.calls:
+            self._played[turn].quiet.set()
+            await self._heard[turn].ended.wait()
+            return ()
+        return record.calls[0].message.sources
 
     async def until_taken(self, turn: str) -> None:
         """Return when somebody may begin with *turn*: not while its recording says that nobody was there to do it."""
@@ -187,7 +223,7 @@ class Laboratory:
                 await cancel(self._operator.jetstream(), recording.turn, recording.cancelled)
         await heard.ended.wait()
         # Facts are published before the work is settled, and come by the same connection as the answer to our question.
-        for consumer in (router_consumer(), caller_consumer("any")):
+        for consumer in (router_consumer(), retriever_consumer(), caller_consumer("any")):
             while await self._at_work(consumer.stream, recording.turn):  # noqa: ASYNC110  the broker has no event for it
                 await asyncio.sleep(_LOOK)
 
@@ -216,8 +252,12 @@ class Laboratory:
         if "Nats-Msg-Id" in told:
             heard.ids.add(told["Nats-Msg-Id"])
         heard.entries.append(Entry("CF_LOG", len(heard.entries), time(), where, told, data))
-        if where.split(".")[1::2] == ["log", "router"]:
+        if self._is_decided(where.split(".")):
             heard.decided.set()
+
+    def _is_decided(self, subject: list[str]) -> bool:
+        """Whether all that stages before the caller decide has been said when this is heard."""
+        return subject[3:5] == ["asked", "call"] if self._retriever else subject[1::2] == ["log", "router"]
 
 
 class Reading:
@@ -306,6 +346,8 @@ async def _lanes(name: str, client: TokenClient, stack: AsyncExitStack) -> dict[
     """Where turns wait for an expert: known to whoever sends them there, or takes them."""
     if name == "undertaker":
         return {}
+    if name == RETRIEVER:
+        return {"lanes": Lanes(client), "join": Join(client)}
     lanes, peers = Lanes(client), Peers(client, (this_process(),))
     for each in (lanes, peers):
         await each.start()
@@ -316,7 +358,22 @@ async def _lanes(name: str, client: TokenClient, stack: AsyncExitStack) -> dict[
 def _router_needs(settings: Settings, setup: Setup, made: Laboratory, reading: Reading) -> dict[str, Any]:
     by = digest(setup.fleet, setup.routes)
     own = {"consumer": tuned(router_consumer(), settings), "permits": settings.worker.router_permits}
+    own |= {"has_documents": lambda _: made.grounds, "grounding_seconds": _LONG}
     return {"fleet": lambda: setup.fleet, "understand": reading, "configuration": lambda: by, **own}
+
+
+def _retriever_needs(settings: Settings, setup: Setup, made: Laboratory, reading: Reading) -> dict[str, Any]:
+    async def search(scope: Scope, query: str, limit: int) -> Sequence[Source]:
+        return await made.found()
+
+    def written(sources: Sequence[Source], question: str) -> tuple[Sequence[Source], str]:
+        return sources, made.context
+
+    async def refused(*_: object) -> Any:
+        raise BadRequest("no documents are kept here")
+
+    deeds = {"search": search, "written": written, "documents": refused, "remove": refused}
+    return {**deeds, "consumer": tuned(retriever_consumer(), settings), "permits": settings.worker.router_permits}
 
 
 def _caller_needs(settings: Settings, setup: Setup, made: Laboratory, reading: Reading) -> dict[str, Any]:
@@ -335,6 +392,7 @@ def _undertaker_needs(settings: Settings, setup: Setup, made: Laboratory, readin
 
 _OWN_NEEDS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "router": _router_needs,
+    "retriever": _retriever_needs,
     "caller": _caller_needs,
     "undertaker": _undertaker_needs,
 }

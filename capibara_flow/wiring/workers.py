@@ -174,10 +174,11 @@ async def _undertaker_needs(settings: Settings, client: TokenClient, stack: Asyn
 async def _retriever_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Needs:
     found = await stack.enter_async_context(library(settings.knowledge))
     _reporter(client, "retriever", found.facts, stack)
+    lanes, peers, weights = await _neighbours(settings, client, stack)
     knowledge = settings.knowledge
     limits = {"limit": knowledge.sources, "permits": knowledge.permits, "consumer": tuned(retriever_consumer(), settings)}
     deeds = {"search": found.search, "written": found.written, "documents": found.listed, "remove": found.remove}
-    return {**deeds, **limits, "join": Join(client), "lanes": Lanes(client)}
+    return {**deeds, **limits, "join": Join(client), "lanes": lanes, "waits": Waits(client, peers, lanes, weights)}
 
 
 async def _ingester_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Needs:

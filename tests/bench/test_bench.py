@@ -16,7 +16,7 @@ from openai import AsyncOpenAI
 from rich.console import Console
 
 from . import __main__ as bench
-from . import courses, floor, load, mock, peers, pictures, scenarios, storm, system
+from . import courses, floor, knowledge, load, mock, peers, pictures, scenarios, storm, system
 from .load import Plan
 from .page import PageCost
 from .scenarios import Figure, Run
@@ -497,6 +497,36 @@ def test_what_is_to_be_measured_is_said_by_name() -> None:
     for wrong in (["--scenario", "nothing"], ["--systems", "nobody"], ["--rounds", "0"]):
         with pytest.raises(SystemExit):
             bench.arguments(wrong)
+
+
+async def test_search_and_ingestion_are_measured_in_small() -> None:
+    found = await knowledge.measure(knowledge.Job("random", 30, rounds=1, asked=2, taken=5))
+    parts = {f"search_cpu/{part}@passages=30" for part in ("embed", "nearest", "matching", "graph", "fetch", "rank")}
+    assert parts | {"search_wall_p50@passages=30", "search_cpu_p95@passages=30", "rss@passages=30", "ingest_wall"} <= found.keys()
+    assert {f"ingest_cpu/{part}" for part in ("parse", "chunk", "embed", "passages", "graph", "documents")} <= found.keys()
+    assert all(len(values) == 1 and values[0] >= 0 for _, values in found.values())
+
+
+def test_the_library_is_made_up_the_same_everywhere() -> None:
+    library = list(knowledge.texts(23))
+    assert library == list(knowledge.texts(23))
+    assert sum(len(text.pieces) for text in library) == 23
+    assert {text.language for text in library} == {"en", "es"}
+    assert len(set(knowledge.questions(20, 23, 1))) > 15
+
+
+def test_bars_of_search_and_ingestion_are_judged() -> None:
+    series = {
+        Figure("knowledge", "e5", "search_wall_p50@passages=6000", "ms"): [61.0],
+        Figure("knowledge", "e5", "search_wall_p50@passages=1000", "ms"): [99.0],
+        Figure("knowledge", "minilm", "ingest_wall", "passages/s"): [41.0],
+    }
+    assert [line.split(":")[0] for line in knowledge.bars(series)] == ["missed", "met"]
+    options = knowledge.arguments(["--passages", "10,20", "--embedder", "random"])
+    assert [(job.passages, job.taken) for job in knowledge.jobs(options)] == [(10, 50), (20, 0)]
+    for wrong in (["--embedder", "nobody"], ["--passages", "0"]):
+        with pytest.raises(SystemExit):
+            knowledge.arguments(wrong)
 
 
 @pytest.mark.browser

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from capibara_flow.domain.capsule import Kept, capsule, changes, read, said, written
@@ -144,6 +144,8 @@ def test_an_error_is_known_by_its_title():
     | st.text().map(str.encode)
     | st.recursive(st.integers() | st.floats() | st.text(), st.lists).map(lambda v: json.dumps(v).encode())
 )
+@example(b"Infinity")
+@example(b'{"a":[NaN]}')
 def test_every_byte_of_a_message_comes_back(data: bytes):
     entry = Entry("CF_OUT", 1, 1.0, f"cf.out.{T}.data.main", {}, data)
     again = Kept.model_validate_json(Kept.of(entry).model_dump_json(exclude_none=True)).entry()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capibara_flow.domain.grounding import grounded, put_together, query
+from capibara_flow.domain.grounding import grounded, is_courtesy, put_together, query
 from capibara_flow.errors import BadRequest
 from topics.chat import CallExpert, ChatMessage, ChatRequest
 from topics.grounding import PartDone
@@ -26,6 +26,20 @@ def asking(*words: str, system: str = "") -> ChatRequest:
 )
 def test_the_last_question_is_looked_for_with_the_one_before_if_it_is_short(asked: ChatRequest, looked: str) -> None:
     assert query(asked) == looked
+
+
+@pytest.mark.parametrize(
+    "said", ["hola", "¡Hola, buenos días! ¿Qué tal?", "Muchas gracias.", "Hi! How are you?", "thank you very much", "Adiós"]
+)
+def test_who_only_greets_thanks_or_takes_leave_asks_nothing_of_documents(said: str) -> None:
+    assert is_courtesy(asking("¿Dónde viven los capibaras?", said))
+
+
+@pytest.mark.parametrize(
+    "said", ["hola, ¿dónde viven?", "gracias a quién", "Buenas Tardes Motors", "sí", "¿y luego?", "hiho", "", "?", "hola " * 99]
+)
+def test_whatever_else_is_said_may_ask_something_of_documents(said: str) -> None:
+    assert not is_courtesy(asking(said))
 
 
 @given(st.text(max_size=9000))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capibara_flow.domain.record import Record
-from capibara_flow.domain.timeline import AGAIN, LOST, RUNNING, Stage, Summary, Timeline, timeline
+from capibara_flow.domain.timeline import AGAIN, BROKE, LOST, RUNNING, Stage, Summary, Timeline, timeline
 from capibara_flow.domain.turns import turn_id
 from tests.domain.kept import BEGAN, TURN, Kept, passed_on, plain
 from topics.chat import CancelTurn, TurnFailed
@@ -95,7 +95,7 @@ def test_a_turn_that_was_given_up_shows_who_and_its_dead_letter() -> None:
     told = timeline(failed().record)
     assert [(stage.name, stage.outcome) for stage in named(told, "end")] == [("caller", "gave it up: bad request")]
     assert [(stage.name, stage.facts["detail"]) for stage in named(told, "dead")] == [("dead letter of caller", "no")]
-    assert [stage.outcome for stage in named(told, "attempt")] == [AGAIN]
+    assert [stage.outcome for stage in named(told, "attempt")] == [BROKE]
     assert told.outcome == "failed"
 
 

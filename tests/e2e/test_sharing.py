@@ -21,7 +21,15 @@ from capibara_flow.settings import AuthSettings, Settings, WorkerSettings
 from tests.conftest import Installation, installed, settings_for
 from tests.waiting import until
 
-SCRIPT = '[default]\ntext = "one two"\ndelay_ms = 60\n'
+SCRIPT = f"""
+[default]
+text = "one two"
+delay_ms = 60
+[[answer]]
+when = "^long"
+text = "one{" more" * 50}"
+delay_ms = 60
+"""
 KEYS = AuthSettings.model_validate(
     {"keys": [{"key": f"sk-{tenant}", "principal": tenant, "tenant": tenant} for tenant in ("heavy", "light")], "anonymous": False}
 )
@@ -107,7 +115,9 @@ def key(who: str) -> dict[str, str]:
 
 
 async def test_an_operator_sees_who_waits(house: House) -> None:
-    asking = [asyncio.create_task(house.ask("heavy", f"H{number}")) for number in range(6)]
+    asking = [asyncio.create_task(house.ask("heavy", "long"))]
+    await until(lambda: house.begun)  # else the light one may be the first
+    asking += [asyncio.create_task(house.ask("heavy", f"H{number}")) for number in range(5)]
     asking.append(asyncio.create_task(house.ask("light", "L")))
     seen: list[queue.Standing] = []
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from capibara_flow.engines.ladybug import LadybugGraph
 from capibara_flow.engines.nebula import NebulaGraph
-from capibara_flow.errors import BadRequest, CannotStart, StoreUnavailable
+from capibara_flow.errors import BadRequest, CannotStart, StoreInUse, StoreUnavailable
 from capibara_flow.ports import GraphStore
 from tests.engines.graphd import Graphd
 from tests.engines.graphs import SCOPES, Deed, deeds, told
@@ -151,7 +151,7 @@ async def test_ladybug_keeps_its_graph_over_a_new_start_and_takes_unknown_charac
 async def test_ladybug_has_one_owner_and_after_its_end_another(tmp_path: Path):
     first, second = LadybugGraph(tmp_path / "g"), LadybugGraph(tmp_path / "g")
     await first.documents(HERE)
-    with pytest.raises(CannotStart, match="another process uses the graph"):
+    with pytest.raises(StoreInUse, match="another process uses the graph"):
         await second.documents(HERE)
     await first.aclose()
     with pytest.raises(StoreUnavailable, match="closed"):

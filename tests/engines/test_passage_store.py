@@ -234,7 +234,7 @@ async def test_lite_serves_one_process(path):
     )
     told = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", second, path], capture_output=True, text=True, check=False)
     assert told.returncode != 0
-    assert "CannotStart" in told.stderr
+    assert "StoreInUse" in told.stderr
     assert "in use by another process" in told.stderr
     await store.aclose()
 

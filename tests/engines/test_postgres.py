@@ -17,7 +17,7 @@ from capibara_flow.engines.postgres.documents import PostgresDocuments
 from capibara_flow.engines.postgres.embedded import EmbeddedPostgres, find_binaries
 from capibara_flow.engines.postgres.migrations import HYPERTABLE, STEPS, migrate
 from capibara_flow.engines.postgres.usage import PostgresUsage
-from capibara_flow.errors import BadRequest, CannotStart, StoreUnavailable
+from capibara_flow.errors import BadRequest, CannotStart, StoreInUse, StoreUnavailable
 from capibara_flow.ports import Spent, SpentDay, UsageLog
 from tests.engines.postgres_servers import connected, fresh, timescale
 from tests.engines.test_documents import HERE, document
@@ -202,7 +202,7 @@ def test_a_folder_has_one_server_and_the_data_come_back_with_the_next(postgres_f
     with EmbeddedPostgres(postgres_folder, durable=False) as first:
         url = first.url
         second = EmbeddedPostgres(postgres_folder, durable=False)
-        with pytest.raises(CannotStart, match="another PostgreSQL uses"):
+        with pytest.raises(StoreInUse, match="another PostgreSQL uses"):
             second._take_lock(wait_seconds=0.1)
         asyncio.run(_say(url, "CREATE TABLE kept AS SELECT 42 AS answer"))
     assert not first.alive

@@ -354,6 +354,21 @@ async def test_what_is_sent_into_a_connection_that_has_just_gone_is_kept_for_the
     assert client.stats["reconnects"] == 1
 
 
+async def test_nothing_is_sent_on_a_connection_that_has_not_yet_said_whose_it_is(rig: Rig):
+    client, ear = await rig.client("caller"), Ear()
+    reply = client.new_inbox()
+    await client.listen(reply, ear)
+    await flushed(client)
+    client.send(OUT, b"a", reply=reply, headers=encoded({}))
+    client._status = Client.RECONNECTING  # as it is from the loss to the broker's answer, while there is a new connection already
+    await asyncio.sleep(0.01)
+    assert client._pending
+    client._status = Client.CONNECTED
+    await client.flush()
+    await until(lambda: ear.heard)
+    assert [json.loads(data) for data in ear.data] == [{"stream": "CF_OUT", "seq": 1}]
+
+
 async def test_sending_is_refused_where_publishing_would_be(rig: Rig):
     client = await rig.client("caller")
     reply, headers = client.new_inbox(), encoded({})

@@ -350,6 +350,19 @@ async def test_who_starts_later_finds_the_lanes_that_there_are(rig: Rig, sender:
     await settled(rig)
 
 
+async def test_turns_whose_lane_nobody_has_told_are_found_in_the_queue(rig: Rig, sender: Sender, stack: AsyncExitStack):
+    """A release that knew of no lanes sent them to a bucket, or the lanes were lost."""
+    await sender.send("T1", 7, told=False)
+    caller = await Process(rig, "a", every=0.05).run(stack)
+    await until(lambda: caller.begun == ["T1"])
+    await sender.send("T2", 8, told=False)
+    caller.steps.release()
+    await until(lambda: caller.begun == ["T1", "T2"])
+    assert caller.lanes.of("phi") == {"7": "", "8": ""}
+    caller.steps.release()
+    await settled(rig)
+
+
 async def test_a_lane_that_is_used_no_more_is_let_go_and_comes_back(
     rig: Rig, sender: Sender, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ):

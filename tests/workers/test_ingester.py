@@ -144,6 +144,7 @@ async def test_a_document_that_cannot_be_read_ends_with_the_reason(stand: Stand)
     end = await stand.end()
     assert isinstance(end, Failed)
     assert (end.title, end.status, end.detail) == ("document refused", 422, "no text in this PDF")
+    await until(stand.nothing_waits)
 
 
 async def test_pieces_that_are_not_all_there_are_refused(stand: Stand) -> None:

@@ -19,6 +19,7 @@ from tests.conftest import settings_for
 from tests.fakes import FakeAnswers
 from tests.waiting import until
 from topics.chat import CallExpert, ChatRequest, Decision, PreviewRoute, RouteTurn, TurnFailed, TurnRouted
+from topics.grounding import RetrieveSources
 from topics.output import Failed, Routed, parse
 from topics.streams import router_consumer
 from workers import router
@@ -90,9 +91,24 @@ async def stand(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Stand]:
             return Understood(route, "simple", 0.9, "it has numbers")
 
         needs = {"answers": stand.answers, "consumer": router_consumer(), "understand": understand, "clock": lambda: 7.0}
+        needs |= {"has_documents": lambda tenant: tenant == "library"}
         await router.build(nats, fleet=lambda: settings.experts, **needs).start()
         stack.push_async_callback(nats.stop)
         yield stand
+
+
+async def test_who_has_documents_is_answered_from_them(stand: Stand) -> None:
+    await stand.ask("Where do capybaras live?", **{"Cf-Tenant": "library"})
+    sent = RetrieveSources.read((await stand.until(f"cf.work.{TURN}.retriever")).data)
+    assert sent.call.request.question == "Where do capybaras live?"
+    assert not stand.on(f"cf.work.{TURN}.call.phi-mini.{bucket('library')}")
+
+
+async def test_who_only_greets_is_not_answered_from_documents(stand: Stand) -> None:
+    await stand.ask("¡Hola, buenos días!", **{"Cf-Tenant": "library"})
+    fact = TurnRouted.read((await stand.until(f"cf.log.{TURN}.router")).data)
+    assert [step.stage for step in fact.plan.steps] == ["caller"]
+    assert not stand.on(f"cf.work.{TURN}.retriever")
 
 
 async def test_a_turn_is_routed_told_and_sent_on(stand: Stand) -> None:

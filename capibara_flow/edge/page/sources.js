@@ -2,7 +2,7 @@
 
 import { counted, number, text } from "./texts.js";
 
-const CITATION = /\[(\d{1,3}(?:\s*[,;]\s*\d{1,3})*)\]/g;
+const CITATION = /\[\s*(\d{1,4}(?:\s*[,;–-]\s*\d{1,4})*)\s*\]/g;
 const UNTOUCHED = "a, code, pre, kbd";
 
 /** Fill *list* with *sources*; *cited* are the numbers that the answer cites, null as long as nobody knows; ids begin with *prefix*. */
@@ -76,15 +76,16 @@ function cut(words, known, prefix) {
   const pieces = [];
   let end = 0;
   for (const match of words.matchAll(CITATION)) {
-    pieces.push(words.slice(end, match.index), citation(match[1].split(/\s*[,;]\s*/).map(Number), known, prefix));
+    pieces.push(words.slice(end, match.index), citation(match[1].split(/(\s*[,;–-]\s*)/), known, prefix));
     end = match.index + match[0].length;
   }
   return [...pieces, words.slice(end)];
 }
 
-function citation(numbers, known, prefix) {
+/** *parts* are numbers, and what stands between them at the odd places. */
+function citation(parts, known, prefix) {
   const group = element("span", "cites");
-  group.append("[", ...numbers.flatMap((n, place) => [...(place ? [", "] : []), one(n, known.has(n), prefix)]), "]");
+  group.append("[", ...parts.map((part, place) => (place % 2 ? part : one(Number(part), known.has(Number(part)), prefix))), "]");
   return group;
 }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Self
 
 from capibara_flow.engines.postgres.lowered import lowered
-from capibara_flow.errors import CannotStart
+from capibara_flow.errors import CannotStart, StoreInUse
 
 USER = DATABASE = "capibara"
 #: Who runs the server where we are root, which it refuses to be: the first of these that exists.
@@ -47,8 +47,8 @@ class EmbeddedPostgres:
 
     *folder* holds its data, its log, its password and a lock. As root the server runs as ``postgres`` or ``nobody``. The port is
     chosen at the first start and kept over ``restart``; the password is made once and kept with the data. Unless *durable* nothing is
-    forced to the disk: quicker, and for data that a power cut may take. Raises ``CannotStart``. Use it from a thread that outlives it
-    (see ``lowered``).
+    forced to the disk: quicker, and for data that a power cut may take. Raises ``CannotStart`` and ``StoreInUse``. Use it
+    from a thread that outlives it (see ``lowered``).
     """
 
     host = "127.0.0.1"
@@ -247,7 +247,7 @@ class EmbeddedPostgres:
                 # A server whose supervisor was just killed needs a moment to put its data away.
                 if time.monotonic() > end:
                     lock.close()
-                    raise CannotStart(f"another PostgreSQL uses {self.folder}: stop it, or choose another folder") from None
+                    raise StoreInUse(f"another PostgreSQL uses {self.folder}: stop it, or choose another folder") from None
                 time.sleep(0.05)
             else:
                 self._lock = lock

@@ -24,11 +24,12 @@ from typer.testing import CliRunner
 
 from capibara_flow import settings, wiring
 from capibara_flow.cli import fleets, state
-from capibara_flow.cli.app import app, expected
+from capibara_flow.cli.app import app
 from capibara_flow.cli.chat import EventReader, ServerEvent
 from capibara_flow.cli.children import RESTARTS, Child, back_off
 from capibara_flow.cli.doctor import browser, examine
 from capibara_flow.cli.fleets import Served
+from capibara_flow.cli.options import expected
 from capibara_flow.cli.supervisor import Stopped, Supervisor, free_port, is_free, local_get
 from capibara_flow.cli.up import Wish, understood
 from capibara_flow.domain.turns import belongs

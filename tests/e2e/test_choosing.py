@@ -1,5 +1,6 @@
 """Choosing, on the whole installation: routes are read, a fleet changes while turns come, engines die, experts are launched."""
 
+import importlib.util
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -202,7 +203,8 @@ async def test_a_fleet_is_edited_while_it_runs_and_a_bad_one_is_refused(
 
 @pytest.mark.model
 async def test_an_expert_that_is_launched_is_loaded_when_it_is_asked_for(broker: EmbeddedBroker, tmp_path: Path) -> None:
-    pytest.importorskip("xllamacpp")
+    if importlib.util.find_spec("xllamacpp") is None:  # imported beside all that is loaded here it might end the process
+        pytest.skip("xllamacpp is not installed")
     file = tmp_path / "fleet.toml"
     file.write_text(
         '[[experts]]\nname = "lazy"\nweights = "packaged"\ncontext_length = 2048\nsampling = { max_tokens = 12, temperature = 0 }\n'

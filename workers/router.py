@@ -84,8 +84,6 @@ def build(
         call = _call(command, found)
         following = _grounding(call, clock() + grounding_seconds) if grounded else call
         routed = Routed.of(command.turn, decision, plan)
-        if lanes:  # also for who sends the call later
-            await lanes.announce(call, tenant())
         async with waits.telling(call, tenant()) if waits and following is call else nullcontext(()) as queued:
             await stage.say(routed, *queued, fact, following)
 

@@ -61,12 +61,6 @@ async def erased(settings: Settings, turn: str) -> int:
         return await erase(client, turn, every_stream(), retry_seconds=settings.worker.retry_seconds)
 
 
-def door(settings: Settings) -> str:
-    """Where the edge of *settings* answers."""
-    host = f"[{settings.edge.host}]" if ":" in settings.edge.host else settings.edge.host
-    return f"http://{host}:{settings.edge.port}"
-
-
 def told(again: Again, base: str) -> str:
     """What became of a letter, and how to read the answer from the edge at *base*."""
     letter = again.letter

@@ -60,12 +60,6 @@ def _headers(record: Record, deadline: float) -> dict[str, str]:
     return {TENANT: record.tenant, PRINCIPAL: record.principal, DEADLINE: f"{deadline:.3f}", ORIGIN: record.turn}
 
 
-def door(settings: Settings) -> str:
-    """Where the edge of *settings* answers."""
-    host = f"[{settings.edge.host}]" if ":" in settings.edge.host else settings.edge.host
-    return f"http://{host}:{settings.edge.port}"
-
-
 def told(made: Forked, base: str) -> str:
     """What became of it, and how to read and to compare it; the edge is at *base*."""
     key = "" if made.tenant == ANONYMOUS else " -H 'Authorization: Bearer KEY'"

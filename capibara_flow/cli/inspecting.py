@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from capibara_flow.cli.options import State, TurnId, reached
+from capibara_flow.cli.options import State, TurnId, door, reached
 from capibara_flow.cli.state import DEFAULT_STATE, adopt, running
 from capibara_flow.errors import CapibaraError
 
@@ -186,7 +186,7 @@ def fork(
     if chosen is None:
         raise typer.BadParameter(f"--from {stage}: a turn can be forked from {' or '.join(STAGES)}")
     made = asyncio.run(forks.fork(settings, turn, chosen, changes or ()))
-    base = here["url"] if here else forks.door(settings)
+    base = here["url"] if here else door(settings)
     typer.echo(json.dumps(made.as_json(), ensure_ascii=False) if as_json else forks.told(made, base))
 
 
@@ -361,7 +361,7 @@ def dead_retry(
 
     asked, error = asyncio.run(dead.retry(settings, turn, stage, every=every, keep=keep))
     for each in asked:
-        typer.echo(dead.told(each, here["url"] if here else dead.door(settings)))
+        typer.echo(dead.told(each, here["url"] if here else door(settings)))
         if each.kept and not keep:
             typer.echo("  its letter could not be removed: another retry would ask it once more", err=True)
     if error:

@@ -55,6 +55,12 @@ def reached(role: str, *, quick: bool = False) -> "Settings":
     return loaded
 
 
+def door(settings: "Settings") -> str:
+    """Where the edge of *settings* answers."""
+    host = f"[{settings.edge.host}]" if ":" in settings.edge.host else settings.edge.host
+    return f"http://{host}:{settings.edge.port}"
+
+
 class Group(TyperGroup):
     """Commands whose expected errors end with a line on standard error and exit code 1."""
 

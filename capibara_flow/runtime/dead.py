@@ -2,20 +2,19 @@
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from nats.errors import Error as NatsError
-from nats.js.errors import APIError, NotFoundError
+from nats.js.errors import NotFoundError
 from pydantic import ValidationError
 
 from capibara_flow.domain.turns import turn_id
-from capibara_flow.errors import BadRequest, BrokerUnavailable, QueueFull, TurnUnknown
+from capibara_flow.errors import BadRequest, BrokerUnavailable, TurnUnknown
 from capibara_flow.runtime.client import TokenClient
-from capibara_flow.runtime.output import FULL, publish_once, stored
+from capibara_flow.runtime.output import asking, publish_once, stored
 from topics.chat import CallExpert, RouteTurn, TurnFailed
 from topics.flow import FLOW
 from topics.message import DEADLINE, PRINCIPAL, TENANT, Command
@@ -23,7 +22,6 @@ from topics.streams import subject_token
 
 DEAD = "CF_DEAD"
 _WINDOW = 128  # sequences looked at together, no more than are read at once
-#: JetStream's codes for a stream that is full (of messages or bytes), and for a disk that is.
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class DeadLetters:
 
     async def newest(self, limit: int) -> tuple[list[Letter], int]:
         """At most *limit* letters, the newest first, and how many there are in all."""
-        with _asking():
+        with asking():
             state = (await self._jetstream.stream_info(DEAD)).state
         found: list[Letter] = []
         before = state.last_seq + 1
@@ -107,7 +105,7 @@ class DeadLetters:
         """The letters at *sequences*, with all that a letter's headers tell; one that has gone meanwhile is left out."""
         found = []
         for sequence in sequences:
-            with _asking(), suppress(NotFoundError):
+            with asking(), suppress(NotFoundError):
                 found.append(_letter(await self._jetstream.get_msg(DEAD, sequence)))
         return found
 
@@ -128,7 +126,7 @@ class DeadLetters:
             DEADLINE: f"{deadline:.3f}",
         }
         body = asked.model_dump_json(exclude_none=True).encode()
-        with _asking():
+        with asking():
             await publish_once(self._client, self._jetstream, asked.subject, body, headers)
         return Again(letter, turn, keep or not await self._removed(letter))
 
@@ -152,16 +150,3 @@ def _letter(message: Any) -> Letter:
         failed = TurnFailed(turn=turn, stage=stage, body=data.decode("utf-8", "replace"), **words)
     headers = message.headers or {}
     return Letter(message.seq, message.time, headers.get(TENANT, ""), headers.get(PRINCIPAL, ""), failed)
-
-
-@contextmanager
-def _asking() -> Iterator[None]:
-    """Our errors instead of nats-py's."""
-    try:
-        yield
-    except APIError as error:
-        if error.err_code in FULL:
-            raise QueueFull("too many turns are waiting: nothing was asked; try again later") from error
-        raise BrokerUnavailable(f"the broker refuses: {error.description}") from error
-    except (NatsError, TimeoutError) as error:
-        raise BrokerUnavailable(f"the broker does not answer: {error!r}") from error

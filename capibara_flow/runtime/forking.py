@@ -2,15 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from nats.errors import Error as NatsError
-from nats.js.errors import APIError
-
 from capibara_flow.domain.forking import Sent
-from capibara_flow.errors import BrokerUnavailable, QueueFull
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.lanes import Lanes
 from capibara_flow.runtime.lease import behind
-from capibara_flow.runtime.output import FULL, publish_once
+from capibara_flow.runtime.output import asking, publish_once
 from topics.message import TENANT
 
 
@@ -26,11 +22,5 @@ async def publish(client: TokenClient, messages: Sequence[Sent], headers: Mappin
         own = {"Nats-Msg-Id": each.dedupe, "content-type": "application/json"} | each.headers
         if each.opening:
             own |= behind(0, each.subject.replace(".data.", ".lease.", 1))  # nobody has begun to answer
-        try:
+        with asking():
             await publish_once(client, jetstream, each.subject, each.data, own | dict(headers))
-        except APIError as error:
-            if error.err_code in FULL:
-                raise QueueFull("too many turns are waiting: nothing was asked; try again later") from error
-            raise BrokerUnavailable(f"the broker refuses: {error.description}") from error
-        except (NatsError, TimeoutError) as error:
-            raise BrokerUnavailable(f"the broker does not answer: {error!r}") from error

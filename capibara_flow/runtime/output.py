@@ -4,6 +4,8 @@ import asyncio
 import base64
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,7 @@ from nats.errors import NoRespondersError
 from nats.js import JetStreamContext
 from nats.js.errors import APIError, NoStreamResponseError
 
-from capibara_flow.errors import BrokerUnavailable, TooLarge
+from capibara_flow.errors import BrokerUnavailable, QueueFull, TooLarge
 from capibara_flow.runtime.client import TokenClient, description, header, status
 from topics.chat import CancelTurn
 from topics.output import known
@@ -48,6 +50,19 @@ async def publish_once(client: Client, jetstream: JetStreamContext, subject: str
     async for attempt in stamina.retry_context(on=_may_pass, attempts=None, timeout=_ELECTION, wait_max=2):
         with attempt:
             await jetstream.publish(subject, body, timeout=5, headers=headers)
+
+
+@contextmanager
+def asking() -> Iterator[None]:
+    """What an operator asks of the broker in this block fails with our errors: ``QueueFull`` and ``BrokerUnavailable``."""
+    try:
+        yield
+    except APIError as error:
+        if error.err_code in FULL:
+            raise QueueFull("too many turns are waiting: nothing was asked; try again later") from error
+        raise BrokerUnavailable(f"the broker refuses: {error.description}") from error
+    except (NatsError, TimeoutError) as error:
+        raise BrokerUnavailable(f"the broker does not answer: {error!r}") from error
 
 
 def _may_pass(error: Exception) -> bool:

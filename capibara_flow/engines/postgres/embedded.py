@@ -8,13 +8,13 @@ import os
 import pwd
 import secrets
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Self
 
+from capibara_flow.engines.host.machine import free_port
 from capibara_flow.engines.postgres.binaries import find_binaries, readable
 from capibara_flow.engines.postgres.lowered import lowered
 from capibara_flow.errors import CannotStart, StoreInUse
@@ -177,7 +177,7 @@ class EmbeddedPostgres:
         end = time.monotonic() + self._start_seconds
         while True:
             begin = self.log.stat().st_size if self.log.exists() else 0
-            chosen = self.port or _free_port(self.host)
+            chosen = self.port or free_port()
             if self._runs(chosen, end):
                 self.port = chosen
                 return
@@ -284,12 +284,6 @@ def _children(pid: int) -> list[int]:
         return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
     except OSError:
         return []
-
-
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def _words(done: "subprocess.CompletedProcess[str]") -> str:

@@ -4,22 +4,22 @@ Free of asyncio and of anything heavy, so that a supervisor stays small and test
 """
 
 import base64
-import fcntl
 import json
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import sysconfig
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from capibara_flow.errors import CannotStart
-from capibara_flow.runtime.leash import leashed
+from capibara_flow.processes.leash import leashed
+from capibara_flow.processes.logs import fresh_log, last_lines
+from capibara_flow.processes.server import ChildServer
 
 PASSWORD_VARIABLE = "CAPIBARA_NATS__PASSWORDS__"  # noqa: S105  a name, not a password
 KEY_VARIABLE, SYNC_VARIABLE = "CAPIBARA_NATS__STORE_KEY", "CAPIBARA_NATS__SYNC"
@@ -63,23 +63,6 @@ def greeting(host: str, port: int, timeout: float = 2) -> dict[str, Any]:
     return info
 
 
-def fresh_log(path: Path) -> IO[bytes]:
-    """An empty log at *path*; the one of the run before becomes ``NAME.1``."""
-    if path.exists():
-        path.replace(path.with_name(f"{path.name}.1"))
-    return path.open("ab")
-
-
-def last_lines(path: Path, count: int = 15) -> str:
-    """The end of a log, or an empty string where there is none."""
-    try:
-        with path.open("rb") as log:
-            log.seek(max(0, path.stat().st_size - 16_384))
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-count:])
-    except OSError:
-        return ""
-
-
 def variables(passwords: Mapping[str, str], *, store_key: str = "", sync: str = USUAL_SYNC) -> dict[str, str]:
     """What nats.conf finds in the environment: *passwords* by role, the passphrase of the store, when it is forced to the disk."""
     # In quotes: as bare words some passphrases would be numbers, and `2m` two million seconds.
@@ -87,7 +70,7 @@ def variables(passwords: Mapping[str, str], *, store_key: str = "", sync: str = 
     return own | {_variable(role): password for role, password in passwords.items()}
 
 
-class EmbeddedBroker:
+class EmbeddedBroker(ChildServer):
     """``nats-server`` on a free port of this machine, as long as the ``with`` block or this process lives.
 
     *store_dir* holds its data, its log and a lock: two brokers on one store would destroy it. *config* is a nats.conf;
@@ -109,13 +92,10 @@ class EmbeddedBroker:
         sync: str = USUAL_SYNC,
         start_seconds: float = 30,
     ) -> None:
-        self.store_dir = store_dir.absolute()
-        self.log = self.store_dir / "nats-server.log"
+        super().__init__(store_dir, "nats-server.log")
         self.port = 0
         self._config = config or default_config()
         self._start_seconds = start_seconds
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lock: IO[bytes] | None = None
         text = _text(self._config)
         self.passwords = {role: _password() for role in _roles(text)}
         self._encrypted = bool(store_key)
@@ -124,31 +104,10 @@ class EmbeddedBroker:
             if asked and f"${name}" not in text:
                 raise CannotStart(f"{name} would have no effect: {self._config} does not mention it")
 
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
     @property
     def url(self) -> str:
         """Where clients find it, without a user."""
         return f"nats://{self.host}:{self.port}"
-
-    @property
-    def pid(self) -> int | None:
-        """Its process id, if it was started."""
-        return self._process.pid if self._process else None
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process is not None and self._process.poll() is None
 
     def environment(self, *roles: str) -> dict[str, str]:
         """The variables with which those of *roles* that it knows (all when none is named) reach this broker."""
@@ -158,51 +117,26 @@ class EmbeddedBroker:
     def start(self) -> None:
         """Start and wait until it answers."""
         server = find_server()
-        self.store_dir.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        for old in self.store_dir.glob("nats-server_*.ports"):
+        for old in self.folder.glob("nats-server_*.ports"):
             old.unlink()
         with fresh_log(self.log) as log:
             self._run(server, log)
 
     def restart(self) -> None:
         """Start again on the same port with the same data; ends the old process first if it still runs."""
-        self._end(signal.SIGTERM)
+        self._end(self.ending)
         with self.log.open("ab") as log:
             self._run(find_server(), log)
 
-    def kill(self) -> None:
-        """End it as a power cut would."""
-        self._end(signal.SIGKILL)
-
-    def stop(self, grace_seconds: float = 10) -> None:
-        """End it in order, with force after *grace_seconds*, and free the store."""
-        self._end(signal.SIGTERM, grace_seconds)
-        if self._lock:
-            self._lock.close()
-            self._lock = None
-
     def _run(self, server: str, log: IO[bytes]) -> None:
-        assert self._lock is not None, "start before restart"  # noqa: S101  a programming error
         arguments = ["-c", str(self._config), "-a", self.host, "-p", str(self.port or -1)]
-        arguments += ["-sd", str(self.store_dir), "--ports_file_dir", str(self.store_dir)]
+        arguments += ["-sd", str(self.folder), "--ports_file_dir", str(self.folder)]
         begin = log.tell()
-        self._process = subprocess.Popen(  # noqa: S603  the binary that find_server chose
-            leashed([server, *arguments]),
-            env=_ONE_THREAD | os.environ | self._variables,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            # The server holds the lock too: a store is free only when both are gone.
-            pass_fds=[self._lock.fileno()],
-        )
-        end = time.monotonic() + self._start_seconds
-        while not self._listening():
-            if not self.alive or time.monotonic() > end:
-                self._end(signal.SIGKILL)
-                raise CannotStart(f"the broker did not start; its log, {self.log}, ends with:\n{last_lines(self.log)}")
-            time.sleep(0.005)
+        self._begin(leashed([server, *arguments]), log, _ONE_THREAD | os.environ | self._variables)
+        if not self._wait(time.monotonic() + self._start_seconds):
+            raise CannotStart(f"the broker did not start; its log, {self.log}, ends with:\n{last_lines(self.log)}")
         self._refuse_another_key(begin)
 
     def _refuse_another_key(self, begin: int) -> None:
@@ -212,44 +146,21 @@ class EmbeddedBroker:
         self._end(signal.SIGTERM)
         fault = "with another passphrase than that of" if self._encrypted else "and there is no"
         raise CannotStart(
-            f"{self.store_dir} is encrypted, {fault} {KEY_VARIABLE}: set it to the one that it was made with, "
+            f"{self.folder} is encrypted, {fault} {KEY_VARIABLE}: set it to the one that it was made with, "
             "or choose another folder with --state"
         )
 
-    def _listening(self) -> bool:
+    def _answers(self) -> bool:
         try:
-            ports = json.loads((self.store_dir / f"nats-server_{self.pid}.ports").read_text(encoding="utf-8"))
+            ports = json.loads((self.folder / f"nats-server_{self.pid}.ports").read_text(encoding="utf-8"))
             self.port = int(ports["nats"][0].rpartition(":")[2])
             return bool(greeting(self.host, self.port))
         except (OSError, ValueError):
             # Not there yet, or half written.
             return False
 
-    def _take_lock(self, wait_seconds: float = 5) -> None:
-        lock = (self.store_dir / "lock").open("ab")
-        end = time.monotonic() + wait_seconds
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                # A broker whose supervisor was just killed needs a moment to put its data away.
-                if time.monotonic() > end:
-                    lock.close()
-                    raise CannotStart(f"another broker uses {self.store_dir}: stop it, or choose another folder with --state") from None
-                time.sleep(0.05)
-            else:
-                self._lock = lock
-                return
-
-    def _end(self, sign: signal.Signals, grace_seconds: float = 10) -> None:
-        if self._process is None:
-            return
-        self._process.send_signal(sign)
-        try:
-            self._process.wait(grace_seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+    def _in_use(self) -> CannotStart:
+        return CannotStart(f"another broker uses {self.folder}: stop it, or choose another folder with --state")
 
 
 def _text(config: Path) -> str:

@@ -16,10 +16,11 @@ import pytest
 
 from capibara_flow import wiring
 from capibara_flow.errors import CannotStart
+from capibara_flow.processes.leash import leashed
+from capibara_flow.processes.logs import fresh_log
 from capibara_flow.runtime import embedded
 from capibara_flow.runtime.answers import FencedAnswers
 from capibara_flow.runtime.embedded import EmbeddedBroker, greeting
-from capibara_flow.runtime.leash import leashed
 from capibara_flow.runtime.output import stored
 from capibara_flow.settings import FleetSettings, NatsSettings, Settings
 from tests.conftest import ROOT
@@ -186,7 +187,7 @@ def test_a_configuration_without_these_settings_is_no_place_for_them(tmp_path, c
 def test_says_when_to_force_what_is_stored_to_the_disk(tmp_path, config, sync, always, seconds):
     config.write_text(f"http: 127.0.0.1:-1\n{STORE}", encoding="utf-8")
     with EmbeddedBroker(tmp_path / "store", config=config, sync=sync) as broker:
-        ports = json.loads((broker.store_dir / f"nats-server_{broker.pid}.ports").read_text(encoding="utf-8"))
+        ports = json.loads((broker.folder / f"nats-server_{broker.pid}.ports").read_text(encoding="utf-8"))
         with urllib.request.urlopen(f"{ports['monitoring'][0]}/jsz", timeout=10) as answer:
             told = json.load(answer)["config"]
     assert told.get("sync_always", False) == always
@@ -262,7 +263,7 @@ def test_greeting_tells_a_broker_from_another_server():
 def test_logs_of_the_run_before_are_kept(tmp_path):
     log = tmp_path / "x.log"
     for words in (b"first", b"second"):
-        with embedded.fresh_log(log) as file:
+        with fresh_log(log) as file:
             file.write(words)
     assert (log.read_bytes(), (tmp_path / "x.log.1").read_bytes()) == (b"second", b"first")
 

@@ -3,7 +3,6 @@
 Free of asyncio and of asyncpg, so that a supervisor stays small.
 """
 
-import fcntl
 import os
 import pwd
 import secrets
@@ -12,12 +11,13 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Self
 
 from capibara_flow.engines.host.machine import free_port
 from capibara_flow.engines.postgres.binaries import find_binaries, readable
-from capibara_flow.engines.postgres.lowered import lowered
 from capibara_flow.errors import CannotStart, StoreInUse
+from capibara_flow.processes.leash import Account, leashed
+from capibara_flow.processes.logs import last_lines, put_aside
+from capibara_flow.processes.server import ChildServer
 
 USER = DATABASE = "capibara"
 #: Who runs the server where we are root, which it refuses to be: the first of these that exists.
@@ -29,62 +29,42 @@ _SMALL = {"shared_buffers": "32MB", "max_connections": "50", "max_wal_size": "25
 _INITDB = ("--username", USER, "--encoding", "UTF8", "--locale-provider", "builtin", "--builtin-locale", "C.UTF-8", "--locale", "C")
 
 
-class EmbeddedPostgres:
+class EmbeddedPostgres(ChildServer):
     """A PostgreSQL server on a free port of this machine, as long as the ``with`` block or this process lives.
 
     *folder* holds its data, its log, its password and a lock. As root the server runs as ``postgres`` or ``nobody``. The port is
     chosen at the first start and kept over ``restart``; the password is made once and kept with the data. Unless *durable* nothing is
     forced to the disk: quicker, and for data that a power cut may take. Raises ``CannotStart`` and ``StoreInUse``. Use it
-    from a thread that outlives it (see ``lowered``).
+    from a thread that outlives it (see ``leash``).
     """
 
     host = "127.0.0.1"
+    #: What PostgreSQL takes as a fast shutdown.
+    ending = signal.SIGINT
+    grace_seconds = 20
+    lock_seconds = 10
 
     def __init__(self, folder: Path, *, durable: bool = True, start_seconds: float = 60) -> None:
-        self.folder = folder.absolute()
-        self.data, self.log = self.folder / "data", self.folder / "postgres.log"
+        super().__init__(folder, "postgres.log")
+        self.data = self.folder / "data"
         self.port = 0
         self._password_file = self.folder / "password"
         self._password = ""
         self._durable, self._start_seconds = durable, start_seconds
         self._binaries = readable(find_binaries())
-        self._uid, self._gid = _account()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lock: IO[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+        self._account = _account()
 
     @property
     def url(self) -> str:
         """Where clients find its database, user and password included."""
         return f"postgresql://{USER}:{self._password}@{self.host}:{self.port}/{DATABASE}"
 
-    @property
-    def pid(self) -> int | None:
-        """The server's process id, if it was started."""
-        return self._process.pid if self._process else None
-
-    @property
-    def alive(self) -> bool:
-        """Whether the server runs."""
-        return self._process is not None and self._process.poll() is None
-
     def start(self) -> None:
         """Make the data where there is none, start, and wait until it answers."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            if self.log.exists():
-                self.log.replace(self.log.with_name(f"{self.log.name}.1"))
+            put_aside(self.log)
             self._make_data()
             # Whoever wrote it is gone, with all of its children: each of them held the lock.
             (self.data / "postmaster.pid").unlink(missing_ok=True)
@@ -94,7 +74,7 @@ class EmbeddedPostgres:
 
     def restart(self) -> None:
         """Start again on the same port with the same data; ends the old process first if it still runs."""
-        self._end(signal.SIGINT)
+        self._end(self.ending)
         self._run()
 
     def kill(self) -> None:
@@ -106,18 +86,11 @@ class EmbeddedPostgres:
                 os.kill(child, signal.SIGKILL)
             self._end(signal.SIGKILL)
 
-    def stop(self, grace_seconds: float = 20) -> None:
-        """End it in order, with force after *grace_seconds*, and free the folder."""
-        self._end(signal.SIGINT, grace_seconds)
-        if self._lock:
-            self._lock.close()
-            self._lock = None
-
     def _make_data(self) -> None:
         if not (self.data / "PG_VERSION").is_file():
             _empty(self.data)
             if os.geteuid() == 0:
-                os.chown(self.data, self._uid, self._gid)
+                os.chown(self.data, self._account.uid, self._account.gid)
             sync = () if self._durable else ("--no-sync",)
             done = self._do(["initdb", "-D", self._place, *_INITDB, *sync, "--auth-local=reject", "--auth-host=scram-sha-256"])
             # What a start that was cut short left behind is no data.
@@ -135,11 +108,11 @@ class EmbeddedPostgres:
         """The data's owner stays who it is, also when another account would be chosen now; but root's are given away."""
         owner = self.data.stat()
         if owner.st_uid != 0:
-            self._uid, self._gid = owner.st_uid, owner.st_gid
+            self._account = Account(owner.st_uid, owner.st_gid)
             return
         for folder, _, files in os.walk(self.data):
             for each in (folder, *(os.path.join(folder, name) for name in files)):
-                os.chown(each, self._uid, self._gid, follow_symlinks=False)
+                os.chown(each, self._account.uid, self._account.gid, follow_symlinks=False)
 
     def _set_password(self) -> None:
         """A new password and, if there is none, the database: in single-user mode, in which nobody else can come in."""
@@ -162,7 +135,7 @@ class EmbeddedPostgres:
     def _do(self, command: Sequence[str], words: str = "") -> "subprocess.CompletedProcess[str]":
         program, *arguments = command
         return subprocess.run(  # noqa: S603  the binaries that find_binaries chose
-            lowered([str(self._binaries / program), *arguments], self._uid, self._gid),
+            self._leashed([str(self._binaries / program), *arguments]),
             input=words,
             capture_output=True,
             text=True,
@@ -172,8 +145,10 @@ class EmbeddedPostgres:
             check=False,
         )
 
+    def _leashed(self, command: Sequence[str]) -> list[str]:
+        return leashed(command, ending=self.ending, account=self._account)
+
     def _run(self) -> None:
-        assert self._lock is not None, "start before restart"  # noqa: S101  a programming error
         end = time.monotonic() + self._start_seconds
         while True:
             begin = self.log.stat().st_size if self.log.exists() else 0
@@ -182,7 +157,7 @@ class EmbeddedPostgres:
                 self.port = chosen
                 return
             if time.monotonic() > end or not self._may_pass(begin):
-                raise CannotStart(f"PostgreSQL did not start; its log, {self.log}, ends with:\n{_last_lines(self.log)}")
+                raise CannotStart(f"PostgreSQL did not start; its log, {self.log}, ends with:\n{last_lines(self.log)}")
             time.sleep(0.1)
 
     def _may_pass(self, begin: int) -> bool:
@@ -198,25 +173,10 @@ class EmbeddedPostgres:
         options |= {} if self._durable else {"fsync": "off"}
         arguments = [str(self._binaries / "postgres"), "-D", self._place, *(f"--{name}={value}" for name, value in options.items())]
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: S603  the binary that find_binaries chose
-                lowered(arguments, self._uid, self._gid),
-                cwd=self.data,
-                env=_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                # The server holds the lock too: a folder is free only when both are gone.
-                pass_fds=[self._lock.fileno()] if self._lock else [],
-            )
-        while not self._ready():
-            if not self.alive or time.monotonic() > end:
-                self._end(signal.SIGKILL)
-                return False
-            time.sleep(0.005)
-        return True
+            self._begin(self._leashed(arguments), log, _environment(), self.data)
+        return self._wait(end)
 
-    def _ready(self) -> bool:
+    def _answers(self) -> bool:
         """Whether the server says so in ``postmaster.pid``: its first line is the process id, its eighth the state."""
         try:
             lines = (self.data / "postmaster.pid").read_text(encoding="utf-8").splitlines()
@@ -224,43 +184,20 @@ class EmbeddedPostgres:
             return False
         return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
 
-    def _take_lock(self, wait_seconds: float = 10) -> None:
-        lock = (self.folder / "lock").open("ab")
-        end = time.monotonic() + wait_seconds
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                # A server whose supervisor was just killed needs a moment to put its data away.
-                if time.monotonic() > end:
-                    lock.close()
-                    raise StoreInUse(f"another PostgreSQL uses {self.folder}: stop it, or choose another folder") from None
-                time.sleep(0.05)
-            else:
-                self._lock = lock
-                return
-
-    def _end(self, sign: signal.Signals, grace_seconds: float = 20) -> None:
-        if self._process is None:
-            return
-        self._process.send_signal(sign)
-        try:
-            self._process.wait(grace_seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+    def _in_use(self) -> StoreInUse:
+        return StoreInUse(f"another PostgreSQL uses {self.folder}: stop it, or choose another folder")
 
 
-def _account() -> tuple[int, int]:
+def _account() -> Account:
     """The user and the group that the server runs as."""
     if os.geteuid() != 0:
-        return os.geteuid(), os.getegid()
+        return Account(os.geteuid(), os.getegid())
     for name in _ACCOUNTS:
         try:
             found = pwd.getpwnam(name)
         except KeyError:
             continue
-        return found.pw_uid, found.pw_gid
+        return Account(found.pw_uid, found.pw_gid)
     names = " or ".join(_ACCOUNTS)
     raise CannotStart(f"PostgreSQL refuses to run as root, and there is no user {names}: add one, or name a server by its URL")
 
@@ -290,12 +227,3 @@ def _words(done: "subprocess.CompletedProcess[str]") -> str:
     said = (done.stderr or done.stdout).strip().splitlines()
     hint = ": its user may not read the installation" if "Permission denied" in done.stderr else ""
     return f"{' '.join(said[-3:])}{hint}"
-
-
-def _last_lines(path: Path, count: int = 15) -> str:
-    try:
-        with path.open("rb") as log:
-            log.seek(max(0, path.stat().st_size - 16_384))
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-count:])
-    except OSError:
-        return ""

@@ -1,6 +1,7 @@
 """Messages worth recording: optional fields are there in some, and left out in others."""
 
 from collections.abc import Iterator
+from datetime import date
 
 from pydantic import BaseModel
 
@@ -26,6 +27,9 @@ from topics.chat import (
 )
 from topics.flow import DOOR, FLOW
 from topics.grounding import (
+    Checked,
+    CheckStores,
+    Disagreement,
     DocumentFacts,
     DocumentIngested,
     Found,
@@ -33,7 +37,6 @@ from topics.grounding import (
     ListDocuments,
     Listing,
     PartDone,
-    Refusal,
     Removed,
     RemoveDocument,
     RetrieveSources,
@@ -41,7 +44,7 @@ from topics.grounding import (
     SourcesRetrieved,
 )
 from topics.knowledge import Passage, Source
-from topics.message import Message
+from topics.message import Message, Refusal
 from topics.output import (
     Cited,
     Continued,
@@ -61,6 +64,7 @@ from topics.output import (
     Waiting,
 )
 from topics.plan import Plan, Step
+from topics.usage import ReadUsage, UsageDay, UsageListing
 
 TURN = "01JD3Y4S0QK5M7C2V9N8X1B6TZHRWE4F"
 BEGAN = 1785585600.25
@@ -125,6 +129,7 @@ _SOURCES = (
 )
 _NOT_NOW = Refusal(title="store unavailable", detail="the store does not answer", status=503, retryable=True)
 _FACTS = DocumentFacts(id="7d0c", title="Fauna", address="fauna.md", language="es", digest="0" * 64, updated=BEGAN, passages=4)
+_USED = UsageDay(day=date(2026, 8, 1), tenant="acme", expert="scripted", answers=2, prompt_tokens=24, completion_tokens=80)
 _ATTEMPT = {"turn": TURN, "branch": "main", "started": BEGAN + 0.02, "ended": BEGAN + 2.5}
 
 COMMANDS: tuple[Message, ...] = (
@@ -165,9 +170,13 @@ COMMANDS: tuple[Message, ...] = (
     ),
     SearchKnowledge(turn=TURN, tenant="acme", query="¿qué come el carpincho?"),
     SearchKnowledge(turn=TURN, tenant="acme", collection="docs", query="capybara", limit=3),
+    CheckStores(turn=TURN),
+    CheckStores(turn=TURN, repair=True),
     ListDocuments(turn=TURN, tenant="acme"),
     ListDocuments(turn=TURN, tenant="acme", collection="docs", limit=5, after="7d0c", document="7d0d"),
     RemoveDocument(turn=TURN, tenant="acme", document="7d0c"),
+    ReadUsage(turn=TURN, since=BEGAN - 86400, until=BEGAN),
+    ReadUsage(turn=TURN, tenant="acme", since=0, until=BEGAN),
     CancelTurn(turn=TURN),
     CancelTurn(turn=TURN, reason="expired"),
     EraseTurn(turn=TURN),
@@ -230,13 +239,20 @@ OUTPUTS: tuple[Output, ...] = (
     Failed(turn=TURN, title="turn expired", status=504, detail="the turn's deadline has passed", retryable=True),
     Failed(turn=TURN, type="https://example.com/problems/refused", title="bad request", status=400, detail="the engine refuses it"),
 )
+_TORN = Disagreement(
+    tenant="acme", collection="docs", document="7d0c", address="a.md", why="a change of it was not finished", repair="trim"
+)
 _KNOWN = (
     Found(sources=_SOURCES, seconds=0.02),
     Found(refused=_NOT_NOW),
     Listing(documents=(_FACTS,)),
     Listing(refused=_NOT_NOW),
+    Checked(findings=(_TORN,), more=2),
+    Checked(refused=_NOT_NOW),
     Removed(removed=True),
     Removed(refused=_NOT_NOW),
+    UsageListing(days=(_USED,), waiting=3, more=True),
+    UsageListing(refused=_NOT_NOW),
 )
 REPLIES: tuple[BaseModel, ...] = (_DECISION, _LEARNT, Erased(messages=17), Plan(), _PLAN, *_KNOWN)
 
@@ -246,9 +262,11 @@ CLASSES = {message for hop in FLOW for message in (hop.consumes, *hop.serves, *h
     Decision,
     Erased,
     Plan,
+    Checked,
     Found,
     Listing,
     Removed,
+    UsageListing,
 }
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from capibara_flow.errors import EmbedderMismatch
-from capibara_flow.ports import Spread, Vectors
+from capibara_flow.ports import Edition, Spread, Standing, Vectors
 from topics.knowledge import Document, Hit, Mention, Passage, Scope
 
 
@@ -23,13 +23,15 @@ class Crash(Exception):
 class Faults:
     """What happens at the deeds of all fakes that share it: each passes here twice, before it is done and behind.
 
-    *pause* seconds go by; at the *crash_at*-th passing (from 0), *error* is raised. *passed* tells by name what went on.
+    *pause* seconds go by; at the *crash_at*-th passing (from 0), *error* is raised. *passed* tells by name what went on; who *watches* is
+    called each time.
     """
 
     crash_at: int | None = None
     error: Exception = field(default_factory=Crash)
     pause: float = 0.0
     passed: list[str] = field(default_factory=list)
+    watches: Callable[[], None] = lambda: None
 
     @asynccontextmanager
     async def around(self, name: str) -> AsyncIterator[None]:
@@ -40,6 +42,7 @@ class Faults:
     async def _pass(self, name: str) -> None:
         await asyncio.sleep(self.pause)
         self.passed.append(name)
+        self.watches()
         if len(self.passed) - 1 == self.crash_at:
             raise self.error
 
@@ -96,10 +99,10 @@ class FakePassages:
             rows = zip(passages, dense, sparse, strict=True)
             self.kept.setdefault(scope, {}).update({each.id: Kept(each, row, weights) for each, row, weights in rows})
 
-    async def delete(self, scope: Scope, document: str) -> None:
+    async def delete(self, scope: Scope, document: str, keep: Collection[str] = ()) -> None:
         async with self.faults.around("passages.delete"):
             here = self.kept.get(scope, {})
-            self.kept[scope] = {id: each for id, each in here.items() if each.passage.document != document}
+            self.kept[scope] = {id: each for id, each in here.items() if each.passage.document != document or id in keep}
 
     async def nearest(self, scope: Scope, vector: Vectors, limit: int) -> list[Hit]:
         async with self.faults.around("passages.nearest"):
@@ -185,35 +188,67 @@ class FakeGraph:
 
 @dataclass
 class FakeDocuments:
-    """``ports.Documents``: *kept* is by scope and document id, each with its state: ``begun``, ``ready`` or ``leaving``."""
+    """``ports.Documents``: *kept* is by scope and document id, each ``ready`` or ``leaving``; *others* is what is unfinished of it.
+
+    *revisions* is by scope, *came* the revision of a document that is ready.
+    """
 
     faults: Faults = field(default_factory=Faults)
     kept: dict[tuple[Scope, str], tuple[str, Document]] = field(default_factory=dict)
+    others: dict[tuple[Scope, str], Document] = field(default_factory=dict)
+    revisions: Counter[Scope] = field(default_factory=Counter)
+    came: dict[tuple[Scope, str], int] = field(default_factory=dict)
 
     def _ready(self, scope: Scope) -> list[Document]:
         mine = [each for (where, _), (state, each) in self.kept.items() if where == scope and state == "ready"]
         return sorted(mine, key=lambda each: each.id)
 
-    async def begin(self, document: Document) -> Document | None:
+    async def begin(self, document: Document) -> None:
         async with self.faults.around("documents.begin"):
-            state, before = self.kept.get((document.scope, document.id), ("", None))
-            self.kept[document.scope, document.id] = ("begun", document)
-            return before if state == "ready" else None
+            place = document.scope, document.id
+            self.others[place] = document
+            if self.kept.get(place, ("", None))[0] == "leaving":
+                del self.kept[place]
 
     async def ready(self, document: Document) -> None:
         async with self.faults.around("documents.ready"):
-            self.kept[document.scope, document.id] = ("ready", document)
+            place = document.scope, document.id
+            state, before = self.kept.get(place, ("", None))
+            if before is not None and state == "ready" and _edition(before) != _edition(document):
+                self.others[place] = before
+            if place in self.others and _edition(self.others[place]) == _edition(document):
+                del self.others[place]
+            self.revisions[document.scope] += 1
+            self.came[place] = self.revisions[document.scope]
+            self.kept[place] = ("ready", document)
+
+    async def settled(self, scope: Scope, id: str) -> None:
+        async with self.faults.around("documents.settled"):
+            self.others.pop((scope, id), None)
+
+    async def left(self, scope: Scope, id: str) -> list[Document]:
+        async with self.faults.around("documents.left"):
+            state, document = self.kept.get((scope, id), ("", None))
+            leaving = [document] if document is not None and state != "ready" else []
+            return [*leaving, *([self.others[scope, id]] if (scope, id) in self.others else [])]
+
+    async def standing(self, scope: Scope, ids: Sequence[str]) -> Standing:
+        async with self.faults.around("documents.standing"):
+            ready = {each.id: Edition(each.edition, self.came[scope, each.id]) for each in self._ready(scope) if each.id in set(ids)}
+            return Standing(self.revisions[scope], ready)
 
     async def leaving(self, scope: Scope, id: str) -> Document | None:
         async with self.faults.around("documents.leaving"):
             _, document = self.kept.get((scope, id), ("", None))
-            if document is not None:
-                self.kept[scope, id] = ("leaving", document)
+            if document is None:
+                return self.others.get((scope, id))
+            self.kept[scope, id] = ("leaving", document)
             return document
 
     async def gone(self, scope: Scope, id: str) -> None:
         async with self.faults.around("documents.gone"):
             self.kept.pop((scope, id), None)
+            self.others.pop((scope, id), None)
 
     async def find(self, scope: Scope, id: str) -> Document | None:
         async with self.faults.around("documents.find"):
@@ -230,11 +265,15 @@ class FakeDocuments:
 
     async def unfinished(self) -> list[Document]:
         async with self.faults.around("documents.unfinished"):
-            return [document for state, document in self.kept.values() if state != "ready"]
+            return [*(document for state, document in self.kept.values() if state != "ready"), *self.others.values()]
 
     async def scopes(self) -> list[Scope]:
         async with self.faults.around("documents.scopes"):
-            return list(dict.fromkeys(scope for scope, _ in self.kept))
+            return list(dict.fromkeys(scope for scope, _ in (*self.kept, *self.others)))
 
     async def aclose(self) -> None:
         return None
+
+
+def _edition(document: Document) -> tuple[str, str]:
+    return document.edition, document.digest

@@ -1,5 +1,6 @@
 """Stand-ins for the engines behind ingester and retriever: a library in memory that finds what has a word in common."""
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from capibara_flow import wiring
+from capibara_flow.domain.ingesting import Finding
 from capibara_flow.errors import DocumentRefused
 from capibara_flow.runtime import brokers
 from capibara_flow.runtime.answers import FencedAnswers
@@ -28,10 +30,16 @@ def _hash(*parts: str) -> str:
 
 @dataclass
 class Library:
-    """Documents by scope and id, each with its text; *uploads* is what was brought, and into which scope, in order."""
+    """Documents by scope and id, each with its text; *uploads* is what was brought, and into which scope, in order.
+
+    Who looks for something dusty waits until it is *dusted*. What is found is taken for unrelated unless it is *related*.
+    """
 
     kept: dict[tuple[Scope, str], tuple[Document, str]] = field(default_factory=dict)
     uploads: list[tuple[Scope, File]] = field(default_factory=list)
+    dusted: asyncio.Event = field(default_factory=asyncio.Event)
+    related: bool = True
+    findings: list[Finding] = field(default_factory=list)
 
     async def ingest(self, scope: Scope, file: File) -> Taken:
         self.uploads.append((scope, file))
@@ -56,8 +64,16 @@ class Library:
     async def remove(self, scope: Scope, id: str) -> bool:
         return self.kept.pop((scope, id), None) is not None
 
+    async def check(self, repair: bool) -> Sequence[Finding]:
+        found = list(self.findings)
+        if repair:
+            self.findings.clear()
+        return found
+
     async def search(self, scope: Scope, query: str, limit: int) -> Sequence[Source]:
         words = set(query.lower().split())
+        if "dusty" in words:
+            await self.dusted.wait()
         found = [
             (len(words & set(text.lower().split())), document, text) for (where, _), (document, text) in self.kept.items() if where == scope
         ]
@@ -67,6 +83,8 @@ class Library:
         ]
 
     def written(self, sources: Sequence[Source], question: str) -> tuple[Sequence[Source], str]:
+        if not self.related:
+            return (), ""
         return sources, "\n".join(f"[{each.n}] {each.passage.text}" for each in sources)
 
 
@@ -86,7 +104,7 @@ async def knowing(settings: Settings) -> AsyncIterator[Library]:
             await answers.start()
             stack.push_async_callback(answers.stop)
             broker = brokers.broker(settings, name)
-            own = {"ingest": library.ingest, "deposit": Deposit(client)}
+            own = {"ingest": library.ingest, "check": library.check, "deposit": Deposit(client)}
             if module is retriever:
                 own = {"search": library.search, "documents": library.documents, "remove": library.remove, "join": Join(client)}
                 own["written"] = library.written

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from topics.chat import CallExpert, Token
 from topics.knowledge import DEFAULT_COLLECTION, Collection, Source
-from topics.message import Command, Event, Part, Request, Share
+from topics.message import Command, Event, Part, Refusable, Request, Share
 
 
 class RetrieveSources(Command):
@@ -80,21 +80,6 @@ class DocumentIngested(Event):
     ended: float
 
 
-class Refusal(Part):
-    """Why a request was not done: the problem's title and detail, its HTTP status, and whether asking again may help."""
-
-    title: str
-    detail: str
-    status: int
-    retryable: bool = False
-
-
-class KnowledgeReply(Part):
-    """What every reply may be instead of what was asked for."""
-
-    refused: Refusal | None = None
-
-
 class SearchKnowledge(Request):
     """Find sources for *query*; the reply is ``Found``."""
 
@@ -105,11 +90,12 @@ class SearchKnowledge(Request):
     limit: int = Field(default=10, ge=1, le=100)
 
 
-class Found(KnowledgeReply):
-    """The sources that were found, the best first, and how long that took (seconds)."""
+class Found(Refusable):
+    """The sources that were found, the best first, and how long that took (seconds); whether a chat would rest on them (*related*)."""
 
     sources: tuple[Source, ...] = ()
     seconds: float = 0.0
+    related: bool = True
 
 
 class ListDocuments(Request):
@@ -136,7 +122,7 @@ class DocumentFacts(Part):
     passages: int
 
 
-class Listing(KnowledgeReply):
+class Listing(Refusable):
     """Documents, by id."""
 
     documents: tuple[DocumentFacts, ...] = ()
@@ -151,7 +137,32 @@ class RemoveDocument(Request):
     document: str
 
 
-class Removed(KnowledgeReply):
+class Removed(Refusable):
     """Whether there was such a document."""
 
     removed: bool = False
+
+
+class CheckStores(Request):
+    """Tell where the stores do not agree, of all tenants, and mend it with *repair*; the reply is ``Checked``. Operators ask for it."""
+
+    pattern: ClassVar[str] = "cf.ctl.{turn}.check"
+    repair: bool = False
+
+
+class Disagreement(Part):
+    """A document of which the stores do not agree, *why*, and the *repair* that mends it, or did: ``remove``, ``relink`` or ``trim``."""
+
+    tenant: str
+    collection: str
+    document: str
+    address: str
+    why: str
+    repair: str
+
+
+class Checked(Refusable):
+    """Where the stores did not agree, and how many *more* there are than one reply takes."""
+
+    findings: tuple[Disagreement, ...] = ()
+    more: int = 0

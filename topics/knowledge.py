@@ -24,7 +24,8 @@ class Document:
     """One document of a scope: *id* is derived from tenant, collection and *address*, *digest* from its content (both SHA-256, in hex).
 
     *address* is where it came from (a path, a URL, a name); *language* is an ISO 639-1 code, empty where it cannot be told.
-    *updated* is when its content was last changed, as far as its source tells, else when it came.
+    *updated* is when its content was last changed, as far as its source tells, else when it came. *edition* names what it is made of and
+    how that was cut; it is empty where a release before there were editions took it in.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Document:
     updated: datetime
     owner: str = ""
     passages: int = 0
+    edition: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,28 +1,34 @@
-"""IngestDocument in; what became of the document out: Ingested and Done to whoever waits, DocumentIngested to the log."""
+"""IngestDocument in; what became of the document out: Ingested and Done to whoever waits, DocumentIngested to the log.
+
+It also looks, on request, whether the stores agree, for it knows what is being worked on.
+"""
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from faststream import FastStream
 from faststream.nats import NatsBroker
 
 from capibara_flow.domain.continuing import held
-from capibara_flow.errors import DocumentRefused
+from capibara_flow.domain.ingesting import Finding
+from capibara_flow.errors import CapibaraError, DocumentRefused
 from capibara_flow.ports import Answers
 from capibara_flow.runtime.depositing import Deposit
 from capibara_flow.runtime.hops import Stage
-from capibara_flow.runtime.ingesting import File, Taken
+from capibara_flow.runtime.ingesting import File, Taken, disagreement
+from capibara_flow.runtime.requests import refusal
 from capibara_flow.runtime.work import carried, tenant
 from capibara_flow.telemetry import INGESTED
 from topics.flow import hop
-from topics.grounding import DocumentIngested, IngestDocument
+from topics.grounding import Checked, CheckStores, DocumentIngested, IngestDocument
 from topics.knowledge import Scope
 from topics.message import PRINCIPAL
 from topics.output import Done, Ingested
 from topics.streams import Consumer, Layout
 
 HOP = hop("ingester")
+_MOST = 5000  # findings in one reply: the broker takes messages of so many bytes only
 
 
 class TakeIn(Protocol):
@@ -37,6 +43,7 @@ def build(
     broker: NatsBroker,
     *,
     ingest: TakeIn,
+    check: Callable[[bool], Awaitable[Sequence[Finding]]],
     deposit: Deposit,
     answers: Answers,
     consumer: Consumer,
@@ -48,6 +55,14 @@ def build(
 ) -> FastStream:
     """Wire the ingester onto *broker*: *permits* documents at once."""
     stage = Stage(broker, HOP, answers, layout=layout, retry_seconds=retry_seconds, patience_seconds=patience_seconds)
+
+    @stage.serves(CheckStores)
+    async def look(asked: CheckStores) -> Checked:
+        try:
+            found = await check(asked.repair)
+        except CapibaraError as error:
+            return Checked(refused=refusal(error))
+        return Checked(findings=tuple(map(disagreement, found[:_MOST])), more=max(0, len(found) - _MOST))
 
     @stage.takes(consumer, permits=permits)
     async def take_in(command: IngestDocument) -> None:

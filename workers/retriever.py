@@ -18,17 +18,16 @@ from capibara_flow.runtime.hops import Stage
 from capibara_flow.runtime.joining import Join
 from capibara_flow.runtime.lanes import Lanes
 from capibara_flow.runtime.queues import Waits
+from capibara_flow.runtime.requests import refusal
 from capibara_flow.runtime.work import tenant
 from capibara_flow.telemetry import RETRIEVAL_SECONDS, RETRIEVED, log
 from topics.flow import hop
 from topics.grounding import (
     DocumentFacts,
     Found,
-    KnowledgeReply,
     ListDocuments,
     Listing,
     PartDone,
-    Refusal,
     Removed,
     RemoveDocument,
     RetrieveSources,
@@ -36,7 +35,7 @@ from topics.grounding import (
     SourcesRetrieved,
 )
 from topics.knowledge import Document, Scope, Source
-from topics.message import Request
+from topics.message import Refusable, Request
 from topics.output import SourcesFound, SourceShown
 from topics.streams import Consumer, Layout
 
@@ -44,7 +43,7 @@ HOP = hop("retriever")
 Search = Callable[[Scope, str, int], Awaitable[Sequence[Source]]]
 Written = Callable[[Sequence[Source], str], tuple[Sequence[Source], str]]
 Asked = TypeVar("Asked", bound=Request)
-Reply = TypeVar("Reply", bound=KnowledgeReply)
+Reply = TypeVar("Reply", bound=Refusable)
 _AGAIN = 0.1  # seconds before a store that was away is asked again
 _SOURCES: TypeAdapter[tuple[Source, ...]] = TypeAdapter(tuple[Source, ...])
 
@@ -95,7 +94,8 @@ def build(
     async def look(command: SearchKnowledge) -> Found:
         started = clock()
         found = await search(Scope(command.tenant, command.collection), command.query, command.limit)
-        return Found(sources=tuple(found), seconds=clock() - started)
+        seconds = clock() - started
+        return Found(sources=tuple(found), seconds=seconds, related=bool(written(found, command.query)[0]))
 
     @stage.serves(ListDocuments)
     @_or_refused(Listing)
@@ -166,11 +166,6 @@ class Retrieval:
                 return (), "", str(error)
             await asyncio.sleep(_AGAIN)
         return (), "", problem
-
-
-def refusal(error: CapibaraError) -> Refusal:
-    """What to tell of *error* whoever asked."""
-    return Refusal(title=error.title, detail=str(error), status=error.status, retryable=error.retryable)
 
 
 def facts(document: Document) -> DocumentFacts:

@@ -1,15 +1,16 @@
 """``ports.GraphStore`` in Ladybug (MIT), an embedded property graph with Cypher: one folder of this machine, one process.
 
 The graph: ``(Scope)-[Keeps]->(Document)-[Holds]->(Passage)-[Mentions {name, about}]->(Entity {degree})``. Only primary keys are
-indexed, and for what hangs on a node only where the key is one parameter: with a list of keys (``IN``, ``UNWIND``) it reads whole
-tables. So each statement begins at one key, and there are as many as there are keys; but an entity knows by itself how many passages
-mention it, for many names of a question are looked up that nobody mentions. Values only ever travel as parameters.
+indexed, and what hangs on a node is found from there only where that node is matched first: with several in one pattern it reads whole
+tables. So a list of keys is unwound, its nodes are matched, and what hangs on them follows in a pattern of its own (for reading, an
+optional one). An entity knows by itself how many passages mention it, for many names of a question are looked up that nobody mentions.
+Values only ever travel as parameters.
 """
 
 import asyncio
 import fcntl
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,7 +37,6 @@ _MENTIONED_BEFORE = "MATCH (:Document {key: $document})-[:Holds]->(:Passage)-[:M
 _HELD = "MATCH (:Document {key: $document})-[:Holds]->(p:Passage) RETURN p.key"
 _FORGET_PASSAGE = "MATCH (p:Passage {key: $key}) DETACH DELETE p"
 _FORGET_DOCUMENT = "MATCH (d:Document {key: $document}) DETACH DELETE d"
-_LESS = "MATCH (e:Entity {key: $key}) SET e.degree = e.degree - $count"
 _SWEEP_ENTITY = "MATCH (e:Entity {key: $key}) WHERE e.degree <= 0 DETACH DELETE e"
 _SWEEP_SCOPE = "MATCH (s:Scope {key: $scope}) WHERE NOT EXISTS { MATCH (s)-[:Keeps]->(:Document) } DELETE s"
 _SCOPE = "MERGE (:Scope {key: $scope})"
@@ -44,18 +44,21 @@ _DOCUMENT = "CREATE (:Document {key: $document, id: $id})"
 _KEEPS = "MATCH (s:Scope {key: $scope}), (d:Document {key: $document}) CREATE (s)-[:Keeps]->(d)"
 _PASSAGE = "MERGE (p:Passage {key: $key}) ON CREATE SET p.id = $id"
 _HOLDS = "MATCH (d:Document {key: $document}), (p:Passage {key: $key}) CREATE (d)-[:Holds]->(p)"
-_ENTITY = """MERGE (e:Entity {key: $key})
-    ON CREATE SET e.id = $id, e.degree = $count ON MATCH SET e.degree = e.degree + $count"""
-_MENTIONS = """MATCH (p:Passage {key: $passage}), (e:Entity {key: $entity})
-    CREATE (p)-[:Mentions {name: $name, about: $about}]->(e)"""
+_KNOWN = "UNWIND $keys AS key MATCH (e:Entity {key: key}) RETURN e.key"
+_ENTITIES = "UNWIND $entities AS each CREATE (:Entity {key: each.key, id: each.id, degree: each.count})"
+_COUNT = "UNWIND $entities AS each MATCH (e:Entity {key: each.key}) SET e.degree = e.degree + each.count"
+_MENTIONS = """MATCH (p:Passage {key: $passage}) UNWIND $mentions AS each MATCH (e:Entity {key: each.entity})
+    CREATE (p)-[:Mentions {name: each.name, about: each.about}]->(e)"""
 #: Mentions of one entity that are cheaper to sort here than there.
 _FEW = 500
-_DEGREES = "UNWIND $keys AS k MATCH (e:Entity {key: k}) RETURN e.id, e.degree"
-# Where the limit is a parameter, the statement is planned anew each time, which takes eight times as long.
-_SOME = f"MATCH (e:Entity {{key: $key}})<-[m:Mentions]-(p:Passage) RETURN p.id, e.id, m.name, m.about LIMIT {_FEW}"
+_DEGREES = "UNWIND $keys AS key MATCH (e:Entity {key: key}) RETURN e.id, e.degree"
+# An entity of too many, and a passage without any, is one row without the other end.
+_SOME = f"""UNWIND $keys AS key MATCH (e:Entity {{key: key}})
+    OPTIONAL MATCH (e)<-[m:Mentions]-(p:Passage) WHERE e.degree <= {_FEW} RETURN p.id, e.id, m.name, m.about"""
 _FIRST = """MATCH (e:Entity {key: $key})<-[m:Mentions]-(p:Passage)
     RETURN p.id, e.id, m.name, m.about ORDER BY m.about DESC, p.id LIMIT $limit"""
-_MENTIONED = "MATCH (p:Passage {key: $key})-[m:Mentions]->(e:Entity) RETURN p.id, e.id, m.name, m.about"
+_MENTIONED = """UNWIND $keys AS key MATCH (p:Passage {key: key})
+    OPTIONAL MATCH (p)-[m:Mentions]->(e:Entity) RETURN p.id, e.id, m.name, m.about"""
 _DOCUMENTS = "MATCH (:Scope {key: $scope})-[:Keeps]->(d:Document)-[:Holds]->(p:Passage) RETURN d.id, COUNT(p)"
 #: Faults of the statement itself, which waiting does not mend.
 _OURS = ("Parser exception", "Binder exception", "Catalog exception")
@@ -91,13 +94,12 @@ class LadybugGraph:
         return dict(await self._in(self._readers, lambda cypher: cypher(_DEGREES, {"keys": keys})))
 
     async def mentioning(self, scope: Scope, entities: Sequence[str], limit: int) -> list[Mention]:
-        keys = _keys(scope, entities)
-        return await self._in(self._readers, lambda cypher: [each for key in keys for each in _first(cypher, key, limit)])
+        return await self._in(self._readers, lambda cypher: _first(cypher, scope, list(dict.fromkeys(entities)), limit))
 
     async def mentioned(self, scope: Scope, passages: Sequence[str]) -> list[Mention]:
-        keys = _keys(scope, passages)
-        rows = await self._in(self._readers, lambda cypher: [row for key in keys for row in cypher(_MENTIONED, {"key": key})])
-        return [Mention(*row) for row in rows]
+        keys, places = _keys(scope, passages), {id: place for place, id in enumerate(passages)}
+        rows = await self._in(self._readers, lambda cypher: cypher(_MENTIONED, {"keys": keys}) if keys else [])
+        return sorted((Mention(*row) for row in rows if row[1] is not None), key=lambda each: places[each.passage])
 
     async def documents(self, scope: Scope) -> dict[str, int]:
         return dict(await self._in(self._readers, lambda cypher: cypher(_DOCUMENTS, {"scope": scope_key(scope)})))
@@ -181,8 +183,8 @@ def _put(cypher: Cypher, scope: Scope, document: str, mentions: Sequence[Mention
     try:
         where, own = {"scope": scope_key(scope)}, {"document": _key(scope, document)}
         before = cypher(_MENTIONED_BEFORE, own)
-        for entity, count in before:
-            cypher(_LESS, {"key": entity, "count": count})
+        if before:
+            cypher(_COUNT, {"entities": [{"key": entity, "count": -count} for entity, count in before]})
         for row in cypher(_HELD, own):
             cypher(_FORGET_PASSAGE, {"key": row[0]})
         cypher(_FORGET_DOCUMENT, own)
@@ -207,19 +209,33 @@ def _keep(cypher: Cypher, scope: Scope, document: str, mentions: Sequence[Mentio
     for id in dict.fromkeys(each.passage for each in mentions):
         cypher(_PASSAGE, {"key": _key(scope, id), "id": id})
         cypher(_HOLDS, {**own, "key": _key(scope, id)})
-    for id, count in Counter(each.entity for each in mentions).items():
-        cypher(_ENTITY, {"key": _key(scope, id), "id": id, "count": count})
+    _count(cypher, {_key(scope, id): (id, count) for id, count in Counter(each.entity for each in mentions).items()})
+    rows = defaultdict(list)
     for each in mentions:
-        ends = {"passage": _key(scope, each.passage), "entity": _key(scope, each.entity)}
-        cypher(_MENTIONS, {**ends, "name": each.name, "about": each.about})
+        rows[each.passage].append({"entity": _key(scope, each.entity), "name": each.name, "about": each.about})
+    for id, its in rows.items():
+        cypher(_MENTIONS, {"passage": _key(scope, id), "mentions": its})
 
 
-def _first(cypher: Cypher, key: str, limit: int) -> list[Mention]:
-    """At most *limit* mentions of the entity with *key*, those that are about it first."""
-    some = [Mention(*row) for row in cypher(_SOME, {"key": key})]
-    if len(some) == _FEW:
-        return [Mention(*row) for row in cypher(_FIRST, {"key": key, "limit": limit})]
-    return sorted(some, key=lambda each: (not each.about, each.passage))[:limit]
+def _count(cypher: Cypher, entities: Mapping[str, tuple[str, int]]) -> None:
+    """Have *entities*, by key, with their ids, and count so many more mentions of each; MERGE takes four times as long."""
+    known = {row[0] for row in cypher(_KNOWN, {"keys": list(entities)})}
+    if fresh := [{"key": key, "id": id, "count": count} for key, (id, count) in entities.items() if key not in known]:
+        cypher(_ENTITIES, {"entities": fresh})
+    if known:
+        cypher(_COUNT, {"entities": [{"key": key, "count": entities[key][1]} for key in sorted(known)]})
+
+
+def _first(cypher: Cypher, scope: Scope, entities: Sequence[str], limit: int) -> list[Mention]:
+    """At most *limit* mentions of each of *entities*, those that are about it first."""
+    found: dict[str, list[Mention]] = {id: [] for id in entities}
+    for row in cypher(_SOME, {"keys": [_key(scope, id) for id in entities]}) if entities else ():
+        passage, entity = row[:2]
+        if passage is None:
+            found[entity] = [Mention(*each) for each in cypher(_FIRST, {"key": _key(scope, entity), "limit": limit})]
+        else:
+            found[entity].append(Mention(*row))
+    return [each for its in found.values() for each in sorted(its, key=lambda each: (not each.about, each.passage))[:limit]]
 
 
 def _undo(cypher: Cypher) -> None:

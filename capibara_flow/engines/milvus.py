@@ -12,7 +12,7 @@ import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -74,7 +74,7 @@ class _Terms:
         """Count *row* as it is written and read, and have it nearby."""
         self.put(row["key"], row["document"], row["sparse"], row["changed"])
         if self.nearby is not None:
-            self.nearby.put(row["key"], row["document"], row["passage"], row["dense"], row["sparse"])
+            self.nearby.put(row["key"], row["passage"], row["dense"], row["sparse"])
 
     def drop(self, key: str) -> None:
         """Count a row no more."""
@@ -83,11 +83,15 @@ class _Terms:
             if not self.containing[term]:
                 del self.containing[term]
 
-    def forget(self, document: str) -> None:
-        """Count the rows of a document no more."""
+    def of(self, document: str) -> list[str]:
+        """The keys of the rows of a document."""
+        return [key for key, (owner, _) in self.rows.items() if owner == document]
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Count the rows with these *keys* no more."""
         if self.nearby is not None:
-            self.nearby.forget(document)
-        for key in [key for key, (owner, _) in self.rows.items() if owner == document]:
+            self.nearby.forget(keys)
+        for key in keys:
             self.drop(key)
 
 
@@ -136,9 +140,9 @@ class MilvusPassages:
         for some in _slices(rows):
             await self._do(self._upsert, where, some)
 
-    async def delete(self, scope: Scope, document: str) -> None:
+    async def delete(self, scope: Scope, document: str, keep: Collection[str] = ()) -> None:
         where = _digest(scope.tenant, scope.collection)
-        await self._do(self._delete, where, document)
+        await self._do(self._delete, where, document, {_digest(where, id) for id in keep})
 
     async def nearest(self, scope: Scope, vector: Vectors, limit: int) -> list[Hit]:
         where = _digest(scope.tenant, scope.collection)
@@ -310,13 +314,24 @@ class MilvusPassages:
         if self._lite:
             self._milvus.flush(name)
 
-    def _delete(self, where: str, document: str) -> None:
+    def _delete(self, where: str, document: str, keep: set[str]) -> None:
         which = f"scope == {_literal(where)} and document == {_literal(document)}"
         with self._kept_in_step(where):
-            self._milvus.delete(self._name, filter=which, timeout=self._timeout)
+            counted = self._terms.get(where)
+            if not keep:
+                self._milvus.delete(self._name, filter=which, timeout=self._timeout)
+                gone = counted.of(document) if counted else []
+            else:
+                # The store is asked, for what is counted of a server may lack what others wrote.
+                there = (
+                    counted.of(document) if counted and self._lite else [row["key"] for page in self._pages(["key"], which) for row in page]
+                )
+                gone = [key for key in there if key not in keep]
+                for some in _slices(gone):
+                    self._milvus.delete(self._name, filter=f"key in [{', '.join(map(_literal, some))}]", timeout=self._timeout)
             with self._writing:
-                if counted := self._terms.get(where):
-                    counted.forget(document)
+                if counted:
+                    counted.forget(gone)
 
     def _search(self, field: str, vector: Any, which: str, metric: str, limit: int) -> list[Hit]:
         found = self._milvus.search(

@@ -1,7 +1,7 @@
 """The vectors and terms of one scope in memory, searched exactly: what Milvus Lite does row by row in Python, numpy does at once."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ _GONE = 4096
 
 
 class Nearby:
-    """Rows by key, each of a document: unit vectors of *dimension* numbers, and weights by term. May be used from several threads.
+    """Rows by key, each of a passage: unit vectors of *dimension* numbers, and weights by term. May be used from several threads.
 
     It takes 4 bytes a number and 12 bytes a term, and up to twice that while it grows.
     """
@@ -25,7 +25,6 @@ class Nearby:
         self._places: dict[str, int] = {}
         self._keys: list[str] = []
         self._passages: list[str] = []
-        self._documents: list[str] = []
         self._spans: list[tuple[int, int]] = []
         self._dense: Vectors = np.zeros((_FIRST, dimension), np.float32)
         self._terms = np.zeros(_FIRST, np.uint32)
@@ -37,13 +36,12 @@ class Nearby:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def put(self, key: str, document: str, passage: str, dense: "Vectors | Sequence[float]", sparse: Mapping[int, float]) -> None:
+    def put(self, key: str, passage: str, dense: "Vectors | Sequence[float]", sparse: Mapping[int, float]) -> None:
         """Keep a row; one that was there under the key is gone."""
         with self._lock:
             self._drop(key)
             place = self._places[key] = len(self._keys)
             self._keys.append(key)
-            self._documents.append(document)
             self._passages.append(passage)
             if place == len(self._dense):
                 self._dense = np.concatenate((self._dense, np.zeros_like(self._dense)))
@@ -51,10 +49,10 @@ class Nearby:
             self._dense[place] = row / (float(np.linalg.norm(row)) or 1.0)
             self._spans.append(self._append(place, sparse))
 
-    def forget(self, document: str) -> None:
-        """Keep no row of *document*."""
+    def forget(self, keys: Iterable[str]) -> None:
+        """Keep no row with one of these *keys*."""
         with self._lock:
-            for key in [key for key, owner in zip(self._keys, self._documents, strict=True) if owner == document]:
+            for key in keys:
                 self._drop(key)
 
     def nearest(self, vector: Vectors, limit: int) -> list[Hit]:
@@ -111,12 +109,12 @@ class Nearby:
         last = len(self._keys) - 1
         if place != last:
             self._dense[place] = self._dense[last]
-            for each in (self._keys, self._documents, self._passages):
+            for each in (self._keys, self._passages):
                 each[place] = each[last]
             self._spans[place] = self._spans[last]
             self._places[self._keys[place]] = place
             self._owners[slice(*self._spans[place])] = place
-        for every in (self._keys, self._documents, self._passages, self._spans):
+        for every in (self._keys, self._passages, self._spans):
             every.pop()
         if self._gone > max(_GONE, self._used // 2):
             self._close_up()

@@ -1,9 +1,9 @@
 """Documents in and out of the three stores, and the stores brought to agree again; whatever breaks off can be done again."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -18,14 +18,17 @@ from capibara_flow.domain.ingesting import (
     decide,
     digest_of,
     document_id,
+    edition_of,
     findings,
+    linked_as,
+    owner,
     passage_ids,
     passages_of,
-    resumable,
 )
 from capibara_flow.domain.parsed import Parsed
 from capibara_flow.errors import DocumentRefused
 from capibara_flow.ports import Documents, Embedder, GraphStore, PassageStore
+from topics.grounding import Disagreement
 from topics.knowledge import Document, Mention, Passage, Scope
 
 #: What is done (``read``, ``passages``, ``graph``), how much of it, and of how much.
@@ -111,11 +114,13 @@ class Ingester:
             if decision.stands is not None:
                 if decision.how == "same":
                     await self._leave(scope, id)
+                elif left := await self.documents.left(scope, id):
+                    await self._settle(decision.stands, left)
                 return Taken(decision.how, decision.stands)
             parsed = await self.parse(file.data, file.name or address, file.media_type)
             progress("read", 1, 1)
             document, passages = await asyncio.to_thread(self._cut, scope, file, parsed, (id, digest, address), now)
-            await self._write(document, passages, progress)
+            await self._write(document, passages, ready, progress)
             return Taken(decision.how, document)
 
     def _cut(self, scope: Scope, file: File, parsed: Parsed, known: tuple[str, str, str], now: datetime) -> tuple[Document, list[Passage]]:
@@ -135,18 +140,35 @@ class Ingester:
             owner=file.owner,
             passages=len(pieces),
         )
+        document = replace(document, edition=edition_of(document, pieces))
         return document, passages_of(document, pieces)
 
-    async def _write(self, document: Document, passages: Sequence[Passage], progress: Progress) -> None:
+    async def _write(self, document: Document, passages: Sequence[Passage], before: Document | None, progress: Progress) -> None:
+        """Have *document* in place of the one *before*, which stays to be found until the new one is whole."""
+        scope, id = document.scope, document.id
+        others = [each for each in await self.documents.left(scope, id) if each.edition != document.edition]
+        if others:
+            await self._clear(document, others, before)
         await self.documents.begin(document)
         there = await self._fetched(document)
-        if not resumable(passages, there):
-            await self.passages.delete(document.scope, document.id)
-            there = {}
-        await self._put(document.scope, [each for each in passages if each.id not in there], len(there), progress)
+        await self._put(scope, [each for each in passages if each.id not in there], len(there), progress)
         await self._link(document, passages)
         progress("graph", 1, 1)
         await self.documents.ready(document)
+        if before is not None:
+            await self._settle(document, [before])
+
+    async def _settle(self, ready: Document, left: Sequence[Document]) -> None:
+        """Have nothing of a document in any store but the edition that is *ready*."""
+        await self._clear(ready, left)
+        await self.documents.settled(ready.scope, ready.id)
+
+    async def _clear(self, kept: Document, others: Sequence[Document], ready: Document | None = None) -> None:
+        """Take the *others* of a document out of passages and graph; *kept* and the *ready* one stay."""
+        keep = [id for each in (kept, ready) if each is not None for id in passage_ids(each)]
+        await self.passages.delete(kept.scope, kept.id, keep)
+        for name in {linked_as(each) for each in others} - {linked_as(each) for each in (kept, ready) if each is not None}:
+            await self.graph.delete(kept.scope, name)
 
     async def _fetched(self, document: Document) -> dict[str, Passage]:
         ids, found = passage_ids(document), dict[str, Passage]()
@@ -168,17 +190,20 @@ class Ingester:
         return [self.sparse(text, passage.language) for passage, text in zip(passages, texts, strict=True)]
 
     async def _link(self, document: Document, passages: Sequence[Passage]) -> None:
-        await self.graph.put(document.scope, document.id, await self.extract(passages, document.title))
+        await self.graph.put(document.scope, linked_as(document), await self.extract(passages, document.title))
 
     async def remove(self, scope: Scope, id: str) -> Document | None:
         """Have nothing of a document in any store; what it was, if it was there."""
         async with self._alone(scope, id):
             return await self._leave(scope, id)
 
-    async def _leave(self, scope: Scope, id: str) -> Document | None:
+    async def _leave(self, scope: Scope, id: str, linked: Collection[str] = ()) -> Document | None:
+        """Have nothing of a document anywhere; *linked* is what it is called in the graph besides what the list tells."""
         document = await self.documents.leaving(scope, id)
+        left = await self.documents.left(scope, id)
         await self.passages.delete(scope, id)
-        await self.graph.delete(scope, id)
+        for name in {*linked, *(linked_as(each) for each in left)}:
+            await self.graph.delete(scope, name)
         await self.documents.gone(scope, id)
         return document
 
@@ -208,20 +233,19 @@ class Ingester:
         """Do what mends *finding*; what cannot be mended is removed, to be taken in again from its address."""
         scope, id = finding.scope, finding.document
         async with self._alone(scope, id):
+            linked = [name for name in await self.graph.documents(scope) if owner(name) == id]
             document = None if finding.repair == "remove" else await self.documents.find(scope, id)
             there = await self._fetched(document) if document else {}
             if document is None or len(there) < document.passages:
-                await self._leave(scope, id)
+                await self._leave(scope, id, linked)
                 return
-            passages = sorted(there.values(), key=lambda passage: passage.number)
             if finding.repair == "relink":
-                await self._link(document, passages)
+                await self._link(document, sorted(there.values(), key=lambda passage: passage.number))
                 return
-            await self.documents.begin(document)
-            await self.passages.delete(scope, id)
-            await self._put(scope, passages, 0, _silent)
-            await self._link(document, passages)
-            await self.documents.ready(document)
+            await self.passages.delete(scope, id, passage_ids(document))
+            for name in set(linked) - {linked_as(document)}:
+                await self.graph.delete(scope, name)
+            await self.documents.settled(scope, id)
 
     @asynccontextmanager
     async def _alone(self, scope: Scope, key: str) -> AsyncIterator[None]:
@@ -235,3 +259,9 @@ class Ingester:
             waiting.pop()
             if not waiting:
                 del self._locks[scope, key]
+
+
+def disagreement(found: Finding) -> Disagreement:
+    """*found* as it is told."""
+    where = {"tenant": found.scope.tenant, "collection": found.scope.collection}
+    return Disagreement(**where, document=found.document, address=found.address, why=found.why, repair=found.repair)

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,15 +13,19 @@ from capibara_flow.errors import CannotStart
 from capibara_flow.ports import Documents, GraphStore, PassageStore
 from capibara_flow.settings import KnowledgeSettings, SettingsError
 from capibara_flow.telemetry import log
+from capibara_flow.wiring.postgres import postgres
 from topics.grounding import ListDocuments
-from topics.knowledge import Document, Passage, Scope, Source
+from topics.knowledge import Document, Mention, Passage, Scope, Source
 
 if TYPE_CHECKING:
+    from capibara_flow.domain.ingesting import Finding
     from capibara_flow.engines.milvus import MilvusPassages
-    from capibara_flow.runtime.ingesting import File, Ingester, Taken
+    from capibara_flow.runtime.ingesting import Extract, File, Ingester, Taken
     from capibara_flow.runtime.searching import Searcher
 
 Store = TypeVar("Store", PassageStore, GraphStore)
+#: What the embedded store of passages is called in the folder.
+PASSAGES = "passages.db"
 _LOOK_SECONDS = 10.0  # between looks who has documents: other processes take some in as well
 
 
@@ -42,6 +45,8 @@ class Library:
         if not settings.enabled:
             raise SettingsError("no place for documents: set CAPIBARA_KNOWLEDGE__FOLDER to a folder, or name a server for each store")
         self._settings, self._clock = settings, clock
+        #: Who finds what passages mention; rules do where it is nobody.
+        self.extract: Extract | None = None
         self._stack = AsyncExitStack()
         self._opening: asyncio.Task[Stores] | None = None
         self._stores: Stores | None = None
@@ -50,8 +55,14 @@ class Library:
 
     def start(self) -> None:
         """Open in the background what was used before: whoever has documents wants to find something in them."""
-        if self._settings.postgres or (self._settings.folder and (self._settings.folder / "postgres").exists()):
+        if self._was_used:
             self._looking = asyncio.create_task(self._look())
+
+    @property
+    def _was_used(self) -> bool:
+        """Whether there may be documents. A PostgreSQL in the folder says nothing: usage is there as well."""
+        settings = self._settings
+        return bool(settings.postgres or settings.milvus) or (settings.folder is not None and (settings.folder / PASSAGES).exists())
 
     async def aclose(self) -> None:
         """Let everything go."""
@@ -73,11 +84,16 @@ class Library:
 
     async def _open(self) -> Stores:
         async with AsyncExitStack() as stack:
-            self._stores = await _open(self._settings, stack, self._clock)
+            self._stores = await _open(self._settings, stack, self._clock, self._extract)
             self._stack = stack.pop_all()
         if self._looking is None:
             self._looking = asyncio.create_task(self._look())
         return self._stores
+
+    async def _extract(self, passages: Sequence[Passage], title: str) -> Sequence[Mention]:
+        from capibara_flow.runtime.ingesting import by_rule  # noqa: PLC0415
+
+        return await (self.extract or by_rule)(passages, title)
 
     async def search(self, scope: Scope, question: str, limit: int) -> Sequence[Source]:
         """The best *limit* sources for *question*."""
@@ -102,6 +118,14 @@ class Library:
         """Remove a document from all stores; whether it was there."""
         return await (await self.opened()).ingester.remove(scope, document) is not None
 
+    async def check(self, repair: bool) -> "Sequence[Finding]":
+        """Where the stores do not agree; with *repair* each of these is mended."""
+        ingester = (await self.opened()).ingester
+        findings = await ingester.check()
+        for each in findings if repair else ():
+            await ingester.repair(each)
+        return findings
+
     def facts(self) -> Mapping[str, Any]:
         """What a process tells of it."""
         return {"tenants": self._tenants, "open": self._stores is not None}
@@ -117,11 +141,22 @@ class Library:
 
     def written(self, sources: Sequence[Source], question: str) -> tuple[Sequence[Source], str]:
         """As many of *sources* as the prompt of *question* may take, and the text that puts them there."""
-        from capibara_flow.domain.context import context  # noqa: PLC0415
-        from capibara_flow.engines.parsing.languages import language_of  # noqa: PLC0415
+        return written(self._settings, sources, question)
 
-        made = context(sources, self._settings.context_tokens, language=language_of(question))
-        return made.sources, made.text
+
+def written(settings: KnowledgeSettings, sources: Sequence[Source], question: str) -> tuple[Sequence[Source], str]:
+    """As many of *sources* as *settings* allow in the prompt of *question*, and the text that puts them there.
+
+    None at all, and no text, where the best of them has not to do enough with the question.
+    """
+    from capibara_flow.domain.context import context  # noqa: PLC0415
+    from capibara_flow.domain.relevance import related  # noqa: PLC0415
+    from capibara_flow.engines.parsing.languages import language_of  # noqa: PLC0415
+
+    if not related(sources, settings.relevance):
+        return (), ""
+    made = context(sources, settings.context_tokens, language=language_of(question))
+    return made.sources, made.text
 
 
 _open_now: dict[KnowledgeSettings, tuple[Library, list[None]]] = {}
@@ -144,7 +179,7 @@ async def library(settings: KnowledgeSettings) -> AsyncIterator[Library]:
             await found.aclose()
 
 
-async def _open(settings: KnowledgeSettings, stack: AsyncExitStack, clock: Callable[[], float]) -> Stores:
+async def _open(settings: KnowledgeSettings, stack: AsyncExitStack, clock: Callable[[], float], extract: "Extract") -> Stores:
     """Every product is imported here, so that a machine without documents loads none of them."""
     try:
         from capibara_flow.domain.bm25 import passage_weights  # noqa: PLC0415
@@ -153,20 +188,21 @@ async def _open(settings: KnowledgeSettings, stack: AsyncExitStack, clock: Calla
         from capibara_flow.engines.postgres.database import Database  # noqa: PLC0415
         from capibara_flow.engines.postgres.documents import PostgresDocuments  # noqa: PLC0415
         from capibara_flow.runtime.ingesting import Ingester  # noqa: PLC0415
-        from capibara_flow.runtime.searching import Searcher  # noqa: PLC0415
+        from capibara_flow.runtime.searching import Searcher, backdrop  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise CannotStart(f"documents need {error.name}: `pip install 'capibara-flow[rag]'` brings it") from error
     embedder = await asyncio.to_thread(build_embedder, settings.embedder, capacity=1024)
     stack.push_async_callback(embedder.aclose)
-    documents = PostgresDocuments(Database(await _postgres(settings, stack)))
+    documents = PostgresDocuments(Database(await stack.enter_async_context(postgres(settings))))
     stack.push_async_callback(documents.aclose)
     passages = await _kept(_passages(settings), stack)
     await passages.prepare(embedder.model, embedder.dimension)
     graph = await _kept(_graph(settings), stack)
     parsers = Parsers(Limits(settings.document_bytes, settings.parse_seconds, settings.parse_memory_mib * 2**20))
     stack.push_async_callback(parsers.aclose)
-    searcher = Searcher(embedder, passages, graph, weights=_weights(settings), clock=clock)
-    ingester = Ingester(parsers.parse, embedder, passages, graph, documents, passage_weights)
+    against = await backdrop(embedder) if settings.relevance else None
+    searcher = Searcher(embedder, passages, graph, weights=_weights(settings), clock=clock, stand=documents.standing, backdrop=against)
+    ingester = Ingester(parsers.parse, embedder, passages, graph, documents, passage_weights, extract=extract)
     return Stores(documents, searcher, ingester)
 
 
@@ -179,7 +215,7 @@ def _passages(settings: KnowledgeSettings) -> "MilvusPassages":
     from capibara_flow.engines.milvus import MilvusPassages  # noqa: PLC0415
 
     token = settings.milvus_token.get_secret_value() if settings.milvus_token else ""
-    return MilvusPassages(settings.milvus or str(_folder(settings) / "passages.db"), token=token)
+    return MilvusPassages(settings.milvus or str(_folder(settings) / PASSAGES), token=token)
 
 
 async def reembed(settings: KnowledgeSettings, told: Callable[[int], None]) -> int:
@@ -212,26 +248,6 @@ def _graph(settings: KnowledgeSettings) -> GraphStore:
     pairs = [each.strip().rpartition(":") for each in settings.nebula.split(",")]
     addresses = [(host, int(port)) for host, _, port in pairs]
     return NebulaGraph(addresses, user=settings.nebula_user, password=settings.nebula_password.get_secret_value())
-
-
-async def _postgres(settings: KnowledgeSettings, stack: AsyncExitStack) -> str:
-    """The URL of the server that is named, or of one that is started here."""
-    if settings.postgres:
-        return settings.postgres.get_secret_value()
-    from capibara_flow.engines.postgres.embedded import EmbeddedPostgres  # noqa: PLC0415
-
-    server = EmbeddedPostgres(_folder(settings) / "postgres")
-    # The server dies with the thread that started it, so that thread is kept for it alone.
-    thread = ThreadPoolExecutor(1, thread_name_prefix="postgres")
-    stack.callback(thread.shutdown)
-    loop = asyncio.get_running_loop()
-
-    async def stop() -> None:
-        await loop.run_in_executor(thread, server.stop)
-
-    stack.push_async_callback(stop)
-    await loop.run_in_executor(thread, server.start)
-    return server.url
 
 
 def _folder(settings: KnowledgeSettings) -> Path:

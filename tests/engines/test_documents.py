@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from capibara_flow.engines.postgres.documents import PostgresDocuments
-from capibara_flow.ports import Documents
+from capibara_flow.ports import Documents, Edition, Standing
 from tests.engines.postgres_servers import connected, fresh, timescale
 from tests.fakes_knowledge import FakeDocuments
 from tests.runtime.container import missing
@@ -49,7 +49,7 @@ def document(id: str = "1", scope: Scope = HERE, **fields: Any) -> Document:
 
 async def test_a_document_can_be_found_from_when_it_is_ready_to_when_it_leaves(documents: Documents):
     one = document(passages=3, owner="ana")
-    assert await documents.begin(document()) is None
+    await documents.begin(document())
     assert await documents.find(HERE, "1") is None
     assert await documents.same(HERE, one.digest) is None
     assert await documents.unfinished() == [document()]
@@ -62,14 +62,68 @@ async def test_a_document_can_be_found_from_when_it_is_ready_to_when_it_leaves(d
     assert (await documents.unfinished(), await documents.scopes(), await documents.leaving(HERE, "1")) == ([], [], None)
 
 
-async def test_who_begins_again_learns_what_was_ready_before_once(documents: Documents):
-    old, new = document(digest="old"), document(digest="new", title="Otra")
+async def test_one_that_is_replaced_stays_ready_until_the_other_one_is(documents: Documents):
+    old, new = document(digest="old"), document(digest="new", title="Otra", edition="e2")
     await documents.ready(old)
-    assert await documents.begin(new) == old
-    assert await documents.begin(new) is None
-    assert await documents.same(HERE, "old") is None
-    await documents.ready(new)
-    assert await documents.find(HERE, "1") == new
+    for _ in range(2):
+        await documents.begin(new)
+        assert (await documents.find(HERE, "1"), await documents.same(HERE, "old"), await documents.same(HERE, "new")) == (old, old, None)
+        assert await documents.left(HERE, "1") == await documents.unfinished() == [new]
+    for _ in range(2):  # who did not hear that it was done does it again
+        await documents.ready(new)
+        assert (await documents.find(HERE, "1"), await documents.same(HERE, "old")) == (new, None)
+        assert await documents.left(HERE, "1") == await documents.unfinished() == [old]
+    for _ in range(2):
+        await documents.settled(HERE, "1")
+        assert (await documents.find(HERE, "1"), await documents.left(HERE, "1"), await documents.unfinished()) == (new, [], [])
+
+
+async def test_what_is_begun_takes_the_place_of_what_is_unfinished(documents: Documents):
+    first, second, third = (document(digest=digest, edition=f"e{digest}") for digest in "123")
+    await documents.begin(first)
+    await documents.begin(second)
+    assert await documents.left(HERE, "1") == [second]
+    assert await documents.leaving(HERE, "1") == second
+    await documents.ready(second)
+    assert await documents.leaving(HERE, "1") == second
+    assert await documents.left(HERE, "1") == [second]
+    await documents.begin(third)
+    assert await documents.left(HERE, "1") == [third]
+    assert await documents.scopes() == [HERE]
+    await documents.ready(third)
+    assert (await documents.find(HERE, "1"), await documents.left(HERE, "1")) == (third, [])
+
+
+async def test_how_things_stand_is_told_of_one_moment(documents: Documents):
+    assert await documents.standing(HERE, ["1"]) == Standing(0, {})
+    await documents.begin(document(edition="e1"))
+    assert await documents.standing(HERE, ["1"]) == Standing(0, {})
+    await documents.ready(document(edition="e1"))
+    await documents.ready(document("2", edition="e2"))
+    await documents.ready(document(scope=THERE))
+    assert await documents.standing(HERE, ["1", "2", "3", "1"]) == Standing(2, {"1": Edition("e1", 1), "2": Edition("e2", 2)})
+    assert await documents.standing(HERE, []) == Standing(2, {})
+    await documents.begin(document(edition="e3"))
+    await documents.leaving(HERE, "2")
+    assert await documents.standing(HERE, ["1", "2"]) == Standing(2, {"1": Edition("e1", 1)})
+    await documents.ready(document(edition="e3"))
+    assert await documents.standing(HERE, ["1"]) == Standing(3, {"1": Edition("e3", 3)})
+    assert await documents.standing(THERE, ["1"]) == Standing(1, {"1": Edition("", 1)})
+
+
+async def test_revisions_of_a_scope_show_in_their_order(documents: Documents):
+    seen = [0]
+
+    async def look() -> None:
+        while seen[-1] < 30:
+            standing = await documents.standing(HERE, [str(number) for number in range(30)])
+            assert {each.revision for each in standing.editions.values()} == set(range(1, standing.revision + 1))
+            seen.append(standing.revision)
+
+    looking = asyncio.create_task(look())
+    await asyncio.gather(*(documents.ready(document(str(number))) for number in range(30)))
+    await looking
+    assert seen == sorted(seen)
 
 
 async def test_every_deed_may_be_done_twice(documents: Documents):
@@ -119,16 +173,9 @@ async def test_names_of_any_length_and_any_characters_stay_what_they_are(documen
     assert await documents.find(one.scope, "'id'") == await documents.same(one.scope, words[:60]) == one
 
 
-async def test_of_two_that_begin_at_once_only_one_is_told_what_was_there(documents: Documents):
-    for _ in range(10):
-        await documents.ready(document(digest="old"))
-        told = await asyncio.gather(*(documents.begin(document(digest=f"new{n}")) for n in range(5)))
-        assert [each.digest for each in told if each] == ["old"]
-
-
 #: A deed by name, on one of few documents.
 _DEEDS = st.tuples(
-    st.sampled_from(["begin", "ready", "leaving", "gone"]),
+    st.sampled_from(["begin", "ready", "settled", "leaving", "gone"]),
     st.sampled_from([HERE, THERE, Scope("ana", "other")]),
     st.sampled_from(["1", "2"]),
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=5),
@@ -137,17 +184,22 @@ _DEEDS = st.tuples(
 
 async def _do(documents: Documents, deed: tuple[str, Scope, str, str]) -> Document | None:
     name, scope, id, words = deed
-    if name in {"leaving", "gone"}:
+    if name in {"settled", "leaving", "gone"}:
         return await getattr(documents, name)(scope, id)
     updated = WHEN + timedelta(microseconds=len(words))
-    return await getattr(documents, name)(document(id, scope, title=words, digest=words, updated=updated, passages=len(words)))
+    return await getattr(documents, name)(
+        document(id, scope, title=words, digest=words, updated=updated, passages=len(words), edition=words[:1])
+    )
 
 
 async def _told(documents: Documents) -> list[Any]:
     scopes = sorted(await documents.scopes(), key=repr)
     lists = [await documents.listed(scope, 10) for scope in scopes]
     same = [await documents.same(scope, each.digest) for scope, some in zip(scopes, lists, strict=True) for each in some]
-    return [scopes, lists, same, sorted(await documents.unfinished(), key=repr)]
+    left = [await documents.left(scope, id) for scope in scopes for id in ("1", "2")]
+    editions = [(await documents.standing(scope, ["1", "2"])).editions for scope in scopes]
+    names = [{id: each.name for id, each in some.items()} for some in editions]
+    return [scopes, lists, same, left, names, sorted(await documents.unfinished(), key=repr)]
 
 
 async def test_a_list_answers_like_the_fake_whatever_was_done(documents: Documents):

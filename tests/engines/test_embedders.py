@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from capibara_flow.engines.embeddings.build import build_embedder
 from capibara_flow.engines.embeddings.packaged import Packaged
-from capibara_flow.engines.embeddings.threaded import ThreadedEmbedder, readable, slices
+from capibara_flow.engines.embeddings.threaded import ThreadedEmbedder, readable, slices, unit
 from capibara_flow.errors import CannotStart
 from capibara_flow.ports import Embedder
 from capibara_flow.settings import SettingsError
@@ -243,7 +243,7 @@ def test_other_weights_are_refused(weights: Packaged, changed: dict[str, str], t
 class BlockingModel:
     """``Model``: remembers what it was given and in which thread; while *gate* is shut it blocks."""
 
-    name, dimension, longest = "blocking", 2, 100
+    name, dimension, longest, at_once = "blocking", 2, 100, 1
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -300,11 +300,52 @@ async def test_texts_are_cut_before_a_model_gets_them() -> None:
     assert model.batches == [["x" * 100]]
 
 
-@given(st.lists(st.integers(0, 3000).map("x".__mul__), max_size=30))
-def test_a_library_is_read_a_few_texts_at_a_time(texts: list[str]) -> None:
-    cut = list(slices(texts))
+@given(st.lists(st.integers(0, 3000).map("x".__mul__), max_size=30), st.integers(1, 8))
+def test_a_library_is_read_a_few_texts_at_a_time(texts: list[str], most: int) -> None:
+    cut = list(slices(texts, most))
     assert [text for some in cut for text in some] == texts
-    assert all(1 <= len(some) <= 8 and (len(some) == 1 or sum(map(len, some)) <= 2000) for some in cut)
+    assert all(1 <= len(some) <= most and (len(some) == 1 or sum(map(len, some)) <= 2000) for some in cut)
+    assert [len(some) for some in slices(["x"] * 24, most)][:-1] == [most] * (-(-24 // most) - 1)
+
+
+class PairedModel(BlockingModel):
+    """``Model`` that two threads may ask: each waits until the other one is there as well; *broken* is a text that it cannot read."""
+
+    at_once = 2
+    broken = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meeting = threading.Barrier(2)
+
+    def encode(self, texts: list[str], kind: str) -> np.ndarray:
+        self.meeting.wait(60)
+        if texts == [self.broken]:
+            raise OSError("cannot read this")
+        return super().encode(texts, kind)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two texts are read at a time on two cores")
+async def test_a_model_that_lets_others_work_reads_two_texts_at_a_time() -> None:
+    model = PairedModel()
+    embedder = ThreadedEmbedder(model)
+    rows = await embedder.embed(["x" * number for number in range(1, 9)], "passage")
+    await embedder.aclose()
+    np.testing.assert_allclose(rows, unit(np.array([[number, 1] for number in range(1, 9)], np.float64)))
+    assert len(model.threads) == 2
+    assert sorted(model.batches, key=lambda some: len(some[0])) == [["x" * number] for number in range(1, 9)]
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two texts are read at a time on two cores")
+async def test_a_text_that_cannot_be_read_is_told_and_no_more_is_begun() -> None:
+    model = PairedModel()
+    model.broken = "xx"
+    embedder = ThreadedEmbedder(model)
+    with pytest.raises(OSError, match="cannot read this"):
+        await embedder.embed(["x" * number for number in range(1, 9)], "passage")
+    model.meeting.abort()
+    await embedder.aclose()
+    assert model.batches == [["x"]]
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=())), st.integers(0, 50))

@@ -30,11 +30,11 @@ def _done(deeds: Sequence[Row | str]) -> tuple[Nearby, dict[str, Row]]:
     rows, plain = Nearby(2), dict[str, Row]()
     for deed in deeds:
         if isinstance(deed, str):
-            rows.forget(deed)
+            rows.forget([key for key, row in plain.items() if row[1] == deed])
             plain = {key: row for key, row in plain.items() if row[1] != deed}
         else:
-            key, document, dense, sparse = deed
-            rows.put(key, document, f"p{key}", dense, sparse)
+            key, _, dense, sparse = deed
+            rows.put(key, f"p{key}", dense, sparse)
             plain[key] = deed
     return rows, plain
 
@@ -59,13 +59,12 @@ def test_space_of_what_went_is_used_again(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(nearby, "_GONE", 8)
     rows = Nearby(2)
     for turn in range(200):
-        rows.put(f"k{turn % 3}", f"d{turn % 3}", f"p{turn % 3}", (1.0, turn), {1: 0.5, turn + 2: 0.25})
+        rows.put(f"k{turn % 3}", f"p{turn % 3}", (1.0, turn), {1: 0.5, turn + 2: 0.25})
     assert len(rows) == 3
     assert len(rows._terms) <= nearby._FIRST
     assert [hit.passage for hit in rows.matching({1: 1.0}, 9)] == ["p0", "p1", "p2"]
     assert [hit.passage for hit in rows.matching({201: 1.0}, 9)] == ["p1"]
-    for number in range(3):
-        rows.forget(f"d{number}")
+    rows.forget(["k0", "k1", "k2", "never there"])
     assert rows.nearest(np.ones(2, np.float32), 5) == rows.matching({1: 1.0}, 5) == []
 
 

@@ -139,6 +139,28 @@ async def test_deletes_a_document_and_no_other(store):
     assert ids(await store.matching(OURS, {1: 1.0}, 10)) == ["c"]
 
 
+@pytest.mark.parametrize("searched", [True, False])
+async def test_deletes_what_is_not_kept_of_a_document(store, searched):
+    edition = [f"new{number}" for number in range(1200)]
+    for start in range(0, len(edition), 400):
+        await put(store, OURS, *edition[start : start + 400], document="one")
+    await put(store, OURS, "old1", "old2", document="one")
+    await put(store, OURS, "c", document="two")
+    await put(store, THEIRS, "old1", document="one")
+    if searched:  # what is counted is kept in step; what is not is not looked for there
+        assert len(await store.matching(OURS, {1: 1.0}, 5000)) == 1203
+    await store.delete(OURS, "one", [*edition, "never there"])
+    assert await store.documents(OURS) == {"one": 1200, "two": 1}
+    assert await store.fetch(OURS, ["old1", "old2"]) == {}
+    assert set(ids(await store.matching(OURS, {1: 1.0}, 5000))) == {*edition, "c"} == set(ids(await store.nearest(OURS, axis(0), 5000)))
+    assert (await store.spread(OURS, [1])).containing == {1: 1201}
+    assert await store.documents(THEIRS) == {"one": 1}
+    await store.delete(OURS, "one", ["new7"])
+    assert await store.documents(OURS) == {"one": 1, "two": 1}
+    await store.delete(OURS, "one")
+    assert await store.documents(OURS) == {"two": 1}
+
+
 async def test_names_cannot_break_out_of_a_filter(store):
     for index, name in enumerate(NASTY):
         await put(store, Scope(name, "c"), f"{name}-{index}", document=name)

@@ -14,15 +14,16 @@ import asyncpg
 import psutil
 import pytest
 
+from capibara_flow.engines.keys import scope_key
 from capibara_flow.engines.postgres import binaries
 from capibara_flow.engines.postgres.binaries import find_binaries
 from capibara_flow.engines.postgres.database import Database
 from capibara_flow.engines.postgres.documents import PostgresDocuments
 from capibara_flow.engines.postgres.embedded import EmbeddedPostgres
-from capibara_flow.engines.postgres.migrations import HYPERTABLE, STEPS, migrate
+from capibara_flow.engines.postgres.migrations import APPLIED, HYPERTABLE, SCHEMA, STEPS, migrate
 from capibara_flow.engines.postgres.usage import PostgresUsage
 from capibara_flow.errors import BadRequest, CannotStart, StoreInUse, StoreUnavailable
-from capibara_flow.ports import Spent, SpentDay, UsageLog
+from capibara_flow.ports import Edition, Spent, SpentDay, Standing, UsageLog
 from tests.engines.postgres_servers import connected, fresh, timescale
 from tests.engines.test_documents import HERE, document
 from tests.fakes_usage import FakeUsage
@@ -105,6 +106,34 @@ async def test_the_tables_are_made_once_by_many_at_once_and_a_newer_release_is_l
         async with connected(url) as database:
             with pytest.raises(CannotStart, match="made by a newer release"):
                 await PostgresDocuments(database).scopes()
+
+
+_LISTED = """INSERT INTO capibara.documents
+        (scope, id, state, tenant, collection, title, address, digest, language, updated, owner, passages)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"""
+
+
+async def test_what_an_earlier_release_listed_is_ready_or_unfinished_as_it_was(postgres: EmbeddedPostgres):
+    async with fresh(postgres.url) as url:
+        stranger = await asyncpg.connect(url)
+        for statement in (SCHEMA, APPLIED):
+            await stranger.execute(statement)
+        earlier = STEPS[: [name for name, _ in STEPS].index("editions")]
+        for number, (name, statements) in enumerate(earlier, 1):
+            await stranger.execute(statements)
+            await stranger.execute("INSERT INTO capibara.migrations (number, name) VALUES ($1, $2)", number, name)
+        listed = {"ready": document("1", passages=1), "begun": document("2"), "leaving": document("3")}
+        for state, one in listed.items():
+            about = (one.title, one.address, one.digest, one.language, one.updated, one.owner, one.passages)
+            await stranger.execute(_LISTED, scope_key(HERE), one.id, state, HERE.tenant, HERE.collection, *about)
+        await stranger.close()
+        async with connected(url) as database:
+            documents = PostgresDocuments(database)
+            assert await documents.listed(HERE, 9) == [listed["ready"]]
+            assert await documents.left(HERE, "2") == [listed["begun"]]
+            assert await documents.left(HERE, "3") == [listed["leaving"]]
+            assert await documents.standing(HERE, ["1", "2", "3"]) == Standing(0, {"1": Edition("", 0)})
+            assert {each.id for each in await documents.unfinished()} == {"2", "3"}
 
 
 async def counts_usage(usage: UsageLog) -> None:
@@ -206,8 +235,9 @@ def test_a_folder_has_one_server_and_the_data_come_back_with_the_next(postgres_f
     with EmbeddedPostgres(postgres_folder, durable=False) as first:
         url = first.url
         second = EmbeddedPostgres(postgres_folder, durable=False)
+        second.lock_seconds = 0.1
         with pytest.raises(StoreInUse, match="another PostgreSQL uses"):
-            second._take_lock(wait_seconds=0.1)
+            second.start()
         asyncio.run(_say(url, "CREATE TABLE kept AS SELECT 42 AS answer"))
     assert not first.alive
     with EmbeddedPostgres(postgres_folder, durable=False) as next_one:

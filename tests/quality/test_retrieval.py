@@ -76,3 +76,22 @@ def test_a_collection_cannot_lead_out_of_the_cache(files):
     for name in ("../x", "a/b", ".."):
         with pytest.raises((SettingsError, CapibaraError), match="letters, digits"):
             evaluation.evaluate(*files, "universal", collection=name)
+
+
+def test_what_has_nothing_to_do_with_the_library_finds_nothing(files):
+    asked = [*OURS["questions"], *({"question": each, "gold": []} for each in OURS["unrelated"])]
+    files[1].write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
+    report = evaluation.evaluate(*files, "universal")
+    assert report["n"] == len(OURS["questions"])
+    shares = report["nothing_found"]
+    assert shares["n"] == {"unanswerable": len(OURS["unrelated"]), "answerable": len(OURS["questions"])}
+    assert shares["answerable"] == 0.0
+    assert shares["unanswerable"] >= 0.6
+    assert f"% of the {len(OURS['unrelated'])} that nothing answers" in evaluation.nothing_told(shares)
+
+
+def test_the_floor_can_be_off_and_all_may_be_unanswerable(files):
+    files[1].write_text("\n".join(json.dumps({"question": each, "gold": []}) for each in OURS["unrelated"]), encoding="utf-8")
+    report = evaluation.evaluate(*files, "universal", floor=0.0)
+    assert (report["n"], report["nothing_found"]["unanswerable"]) == (0, 0.0)
+    assert evaluation.table(report).row_count == 1

@@ -1,14 +1,22 @@
 """The search over its three finders, with stores that remember."""
 
+import asyncio
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import numpy as np
 import pytest
 
 from capibara_flow.domain.bm25 import passage_weights, searchable
 from capibara_flow.domain.entities import mentions
 from capibara_flow.domain.ranking import Weights
+from capibara_flow.engines.embeddings.threaded import Kind
 from capibara_flow.errors import StoreUnavailable
-from capibara_flow.runtime.searching import Searcher
+from capibara_flow.ports import Vectors
+from capibara_flow.runtime.searching import Searcher, backdrop
 from tests.fakes_knowledge import FakeEmbedder, FakeGraph, FakePassages, Faults
+from tests.waiting import until
 from topics.knowledge import Passage, Scope
 
 OURS, THEIRS = Scope("ours"), Scope("theirs")
@@ -118,8 +126,79 @@ async def test_a_store_that_is_away_is_told():
         await shelf.found("hats")
 
 
+@dataclass
+class Slow(FakeEmbedder):
+    """An embedder that waits until it is told to *go* on, and then fails if it is told *why*."""
+
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+    why: Exception | None = None
+
+    async def embed(self, texts: Sequence[str], kind: Kind = "query") -> Vectors:
+        await self.go.wait()
+        if self.why:
+            raise self.why
+        return await super().embed(texts, kind)
+
+
+async def test_words_and_names_are_looked_for_while_the_question_is_embedded():
+    shelf, slow = Shelf(), Slow(dimension=64)
+    await shelf.fill(LIBRARY)
+    before = len(shelf.faults.passed)
+    looking = asyncio.create_task(Searcher(slow, shelf.passages, shelf.graph).search(OURS, "Who is Isaac Schwartz", 2))
+    await until(
+        lambda: "passages.matching: behind" in shelf.faults.passed[before:] and "graph.mentioning: behind" in shelf.graph.faults.passed
+    )
+    assert "passages.nearest: before" not in shelf.faults.passed[before:]
+    slow.go.set()
+    assert (await looking)[0].passage.id == "Isaac Schwartz"
+
+
+async def test_an_embedder_that_fails_is_told():
+    shelf, slow = Shelf(), Slow(dimension=64)
+    await shelf.fill(LIBRARY)
+    slow.why = StoreUnavailable("no model")
+    slow.go.set()
+    with pytest.raises(StoreUnavailable, match="no model"):
+        await Searcher(slow, shelf.passages, shelf.graph).search(OURS, "hats")
+
+
+@pytest.mark.parametrize("deed", ["passages.spread: before", "passages.matching: before", "passages.fetch: before"])
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("why", [None, StoreUnavailable("no model")])
+async def test_nothing_goes_on_behind_a_search_that_failed(deed: str, embedded: bool, why: Exception | None):
+    shelf, slow, told = Shelf(), Slow(dimension=64), list[dict[str, object]]()
+    await shelf.fill(LIBRARY)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    slow.why, before, searcher = why, asyncio.all_tasks(), Searcher(slow, shelf.passages, shelf.graph)
+    if embedded or deed == "passages.fetch: before":  # which waits for the embedder
+        slow.go.set()
+    faults, shelf.graph.faults.pause = shelf.faults, 0.01  # what looks for names is still at it
+    faults.error = StoreUnavailable("away")
+    faults.watches = lambda: setattr(faults, "crash_at", len(faults.passed) - 1 if faults.passed[-1] == deed else None)
+    with pytest.raises(StoreUnavailable):
+        await searcher.search(OURS, "Who is Isaac Schwartz")
+    assert asyncio.all_tasks() == before
+    gc.collect()
+    assert told == []
+
+
 async def test_vectors_may_be_of_any_dimension():
     shelf = Shelf()
     shelf.embedder.dimension = 3
     await shelf.fill(LIBRARY)
     assert np.isfinite([source.score for source in await shelf.searcher.search(OURS, "hat", 5)]).all()
+
+
+async def test_sources_tell_how_relevant_they_are_where_there_is_a_backdrop():
+    shelf = Shelf()
+    await shelf.fill(LIBRARY)
+    against = await backdrop(shelf.embedder)
+    searcher = Searcher(shelf.embedder, shelf.passages, shelf.graph, backdrop=against)
+    exact = LIBRARY["El río Tajo"]
+    assert (await searcher.search(OURS, exact, 1))[0].parts["relevance"] > 0.8
+    measures = [each.parts["relevance"] for each in await searcher.search(OURS, "¿Cuánto suman siete y catorce?")]
+    assert max(measures) < 0.4
+    without = await searcher.search(OURS, exact, 1, finders=frozenset({"lexical", "graph"}))
+    assert "relevance" not in without[0].parts
+    again = await Searcher(shelf.embedder, shelf.passages, shelf.graph).search(OURS, exact, 3)
+    assert [each.passage.id for each in again] == [each.passage.id for each in await searcher.search(OURS, exact, 3)]

@@ -12,17 +12,21 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from capibara_flow import wiring
+from capibara_flow.domain.ingesting import Finding
+from capibara_flow.domain.refusing import Refused
 from capibara_flow.domain.turns import turn_id
-from capibara_flow.errors import BadRequest, DocumentRefused, StoreUnavailable, TooLarge
+from capibara_flow.errors import BadRequest, CannotStart, DocumentRefused, StoreUnavailable, TooLarge
 from capibara_flow.runtime import brokers
 from capibara_flow.runtime.answers import FencedAnswers
+from capibara_flow.runtime.client import flushed
 from capibara_flow.runtime.depositing import PIECE, Deposit
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.ingesting import File, Taken
+from capibara_flow.runtime.requests import replied
 from capibara_flow.settings import WorkerSettings
 from tests.conftest import settings_for
 from tests.waiting import until
-from topics.grounding import DocumentIngested, IngestDocument
+from topics.grounding import Checked, CheckStores, Disagreement, DocumentIngested, IngestDocument
 from topics.knowledge import Document, Scope
 from topics.output import Done, Failed, Ingested, Output, parse
 from topics.streams import ingester_consumer
@@ -44,6 +48,15 @@ class Library:
     errors: list[Exception] = field(default_factory=list)
     hangs: bool = False
     uploads: list[tuple[Scope, File]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    async def check(self, repair: bool) -> list[Finding]:
+        if self.errors:
+            raise self.errors.pop(0)
+        found = list(self.findings)
+        if repair:
+            self.findings.clear()
+        return found
 
     async def ingest(self, scope: Scope, file: File) -> Taken:
         self.uploads.append((scope, file))
@@ -102,13 +115,13 @@ async def stand(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Stand]:
             stand.heard.append(message)
 
         await observer.subscribe("cf.>", cb=hear)
-        await observer.flush()
+        await flushed(observer)
         answers = FencedAnswers(own, "ingester@test")
         await answers.start()
         stack.push_async_callback(answers.stop)
         nats = brokers.broker(settings, "ingester")
         await nats.connect()
-        needs = {"answers": answers, "consumer": ingester_consumer(), "deposit": Deposit(own)}
+        needs = {"answers": answers, "consumer": ingester_consumer(), "deposit": Deposit(own), "check": stand.library.check}
         await ingester.build(nats, ingest=stand.library.ingest, **needs, retry_seconds=0.01, patience_seconds=20).start()
         stack.push_async_callback(nats.stop)
         yield stand
@@ -123,6 +136,29 @@ async def test_a_document_is_put_together_taken_in_and_told(stand: Stand) -> Non
     fact = DocumentIngested.read((await until(lambda: [m for m in stand.heard if m.subject == f"cf.log.{TURN}.ingester"]))[0].data)
     assert (fact.document, fact.how, fact.passages) == ("d1", "created", 7)
     await until(stand.nothing_waits)
+
+
+async def checked(stand: Stand, *, repair: bool = False) -> Checked:
+    return await replied(stand.client, CheckStores(turn=TURN, repair=repair), Checked, seconds=20, nobody="nobody")
+
+
+async def test_where_the_stores_do_not_agree_is_told_and_mended(stand: Stand) -> None:
+    stand.library.findings = [Finding(Scope("acme", "docs"), f"d{number}", "trim", "torn", "a.md") for number in range(5003)]
+    told = await checked(stand)
+    assert (len(told.findings), told.more) == (5000, 3)
+    where = {"tenant": "acme", "collection": "docs", "document": "d0", "address": "a.md"}
+    assert told.findings[0] == Disagreement(**where, why="torn", repair="trim")
+    assert await checked(stand, repair=True) == told
+    assert await checked(stand) == Checked()
+
+
+async def test_what_keeps_the_stores_shut_is_told(stand: Stand) -> None:
+    stand.library.errors = [CannotStart("documents need pymilvus: `pip install 'capibara-flow[rag]'` brings it")]
+    with pytest.raises(Refused) as told:
+        await checked(stand)
+    refused = told.value.refusal
+    assert (refused.title, refused.status, refused.retryable) == ("cannot start", 503, False)
+    assert "pip install" in refused.detail
 
 
 async def test_an_empty_document_is_one(stand: Stand) -> None:

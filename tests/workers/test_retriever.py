@@ -16,7 +16,7 @@ from capibara_flow import wiring
 from capibara_flow.domain.turns import turn_id
 from capibara_flow.errors import EmbedderMismatch, StoreUnavailable
 from capibara_flow.runtime import brokers, work
-from capibara_flow.runtime.client import TokenClient
+from capibara_flow.runtime.client import TokenClient, flushed
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.joining import Join
 from capibara_flow.settings import WorkerSettings
@@ -42,6 +42,7 @@ class Library:
     found: Sequence[Source] = SOURCES
     errors: list[Exception] = field(default_factory=list)
     hangs: bool = False
+    takes: bool = True
     asked: list[tuple[Scope, str, int]] = field(default_factory=list)
 
     async def search(self, scope: Scope, query: str, limit: int) -> Sequence[Source]:
@@ -51,6 +52,9 @@ class Library:
         if self.errors:
             raise self.errors.pop(0)
         return self.found
+
+    def written(self, found: Sequence[Source], question: str) -> tuple[Sequence[Source], str]:
+        return (found, f"{len(found)} sources") if found and self.takes else ((), "")
 
     async def documents(self, command: ListDocuments) -> list[Document]:
         raise StoreUnavailable("no documents now")
@@ -106,11 +110,11 @@ async def stand(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Stand]:
             stand.heard.append(message)
 
         await observer.subscribe("cf.>", cb=hear)
-        await observer.flush()
+        await flushed(observer)
         nats = brokers.broker(settings, "retriever")
         await nats.connect()
         library = {
-            "written": lambda found, _: (found, f"{len(found)} sources" if found else ""),
+            "written": stand.library.written,
             "search": stand.library.search,
             "documents": stand.library.documents,
             "remove": stand.library.remove,
@@ -201,10 +205,23 @@ async def test_two_who_see_all_parts_make_one_call(stand: Stand) -> None:
 async def test_requests_are_replied_to_also_when_they_fail(stand: Stand) -> None:
     asked = SearchKnowledge(turn=TURN, tenant="acme", query="nadan", limit=2)
     reply = await _asked(stand.edge, asked.subject, asked.model_dump_json())
-    assert Found.model_validate(reply).sources == SOURCES
+    found = Found.model_validate(reply)
+    assert (found.sources, found.related) == (SOURCES, True)
     listing = ListDocuments(turn=TURN, tenant="acme")
     reply = await _asked(stand.edge, listing.subject, listing.model_dump_json())
     assert reply["refused"] == {"title": "store unavailable", "detail": "no documents now", "status": 503, "retryable": True}
+
+
+async def test_what_a_prompt_would_not_take_is_listed_and_said_to_be_unrelated(stand: Stand) -> None:
+    stand.library.takes = False
+    await stand.ask("¿Nadan los capibaras del Paraná en invierno también?")
+    call = await stand.called()
+    assert (call.sources, call.context) == ((), "")
+    shown = await stand.shown()
+    assert (shown.sources, shown.problem) == ((), None)
+    asked = SearchKnowledge(turn=TURN, tenant="acme", query="nadan", limit=2)
+    found = Found.model_validate(await _asked(stand.edge, asked.subject, asked.model_dump_json()))
+    assert (found.sources, found.related) == (SOURCES, False)
 
 
 async def _asked(client: Client, subject: str, body: str) -> dict[str, object]:

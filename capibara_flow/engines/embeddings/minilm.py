@@ -34,6 +34,7 @@ class MiniLM:
     name = "all-MiniLM-L6-v2"
     dimension = 384
     longest = 16 * _TOKENS
+    at_once = 2  # as of ``e5``: onnxruntime lets other threads work meanwhile
 
     def __init__(self) -> None:
         weights, vocabulary = WEIGHTS.read(), TOKENIZER.read()

@@ -15,6 +15,8 @@ class HuggingFaceModel:
     Loading takes seconds, and a download where the model is not on this machine yet. Raises ``CannotStart``.
     """
 
+    at_once = 1
+
     def __init__(self, name: str) -> None:
         try:
             from sentence_transformers import SentenceTransformer  # noqa: PLC0415  heavy: only for whom it is chosen

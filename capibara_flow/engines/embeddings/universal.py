@@ -31,6 +31,7 @@ class UniversalSentenceEncoder:
     name = "universal-sentence-encoder-multilingual-3"
     dimension = 512
     longest = 4000
+    at_once = 1
 
     def __init__(self) -> None:
         WEIGHTS.read()

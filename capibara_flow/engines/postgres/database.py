@@ -17,6 +17,8 @@ _MAY_PASS = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
+    # How asyncpg sees a connection that the server ended a moment ago, now and then: it says that another operation is in progress.
+    asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,

@@ -1,28 +1,51 @@
-"""``ports.Documents`` in PostgreSQL: one row a document, with its state; the tenants that have any."""
+"""``ports.Documents`` in PostgreSQL: a row for a document that is ready or leaving, one for what of it is unfinished; all tenants."""
 
-from collections.abc import Mapping
+# ruff: noqa: S608  statements are put together from names of our own, never from values
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capibara_flow.engines.keys import key, scope_key
 from capibara_flow.engines.postgres.database import Database
+from capibara_flow.ports import Edition, Standing
 from topics.knowledge import Document, Scope
 
+_FIELDS = "scope, id, tenant, collection, title, address, digest, language, updated, owner, passages, edition"
+_VALUES = "$1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12"
+_SAME_FIELDS = """title = excluded.title, address = excluded.address, digest = excluded.digest, language = excluded.language,
+        updated = excluded.updated, owner = excluded.owner, passages = excluded.passages, edition = excluded.edition, changed = now()"""
 _TENANT = "INSERT INTO capibara.tenants (name, key) VALUES ($1, $2) ON CONFLICT (key) DO NOTHING"
-# Read under the row's lock, and before the row is written, so that of two that begin at once only one is told of it.
-_BEFORE = "SELECT * FROM capibara.documents WHERE scope = $1 AND id = $2 FOR UPDATE"
-_PUT = """INSERT INTO capibara.documents
-        (scope, id, state, tenant, collection, title, address, digest, language, updated, owner, passages)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
-    ON CONFLICT (scope, id) DO UPDATE SET state = excluded.state, title = excluded.title, address = excluded.address,
-        digest = excluded.digest, language = excluded.language, updated = excluded.updated, owner = excluded.owner,
-        passages = excluded.passages, changed = now()"""
+_BEGIN = f"INSERT INTO capibara.unfinished ({_FIELDS}) VALUES ({_VALUES}) ON CONFLICT (scope, id) DO UPDATE SET {_SAME_FIELDS}"
+_LEFT_NO_MORE = "DELETE FROM capibara.documents WHERE scope = $1 AND id = $2 AND state = 'leaving'"
+# The row is locked to the end of the transaction, so that a scope's revisions become visible in their order.
+_REVISION = """INSERT INTO capibara.revisions (scope, revision) VALUES ($1, 1)
+    ON CONFLICT (scope) DO UPDATE SET revision = revisions.revision + 1"""
+# Both may be done twice: whoever is ready already does not replace itself.
+_REPLACED = f"""INSERT INTO capibara.unfinished ({_FIELDS}) SELECT {_FIELDS} FROM capibara.documents
+    WHERE scope = $1 AND id = $2 AND state = 'ready' AND (edition, digest) <> ($3, $4)
+    ON CONFLICT (scope, id) DO UPDATE SET {_SAME_FIELDS}"""
+_BEGUN_NO_MORE = "DELETE FROM capibara.unfinished WHERE scope = $1 AND id = $2 AND edition = $3 AND digest = $4"
+_READY = f"""INSERT INTO capibara.documents ({_FIELDS}, state, revision)
+    VALUES ({_VALUES}, 'ready', (SELECT revision FROM capibara.revisions WHERE scope = $1))
+    ON CONFLICT (scope, id) DO UPDATE SET state = excluded.state, revision = excluded.revision, {_SAME_FIELDS}"""
+_SETTLED = "DELETE FROM capibara.unfinished WHERE scope = $1 AND id = $2"
 _LEAVING = "UPDATE capibara.documents SET state = 'leaving', changed = now() WHERE scope = $1 AND id = $2 RETURNING *"
+_BEGUN = "SELECT * FROM capibara.unfinished WHERE scope = $1 AND id = $2"
 _GONE = "DELETE FROM capibara.documents WHERE scope = $1 AND id = $2"
 _FIND = "SELECT * FROM capibara.documents WHERE scope = $1 AND id = $2 AND state = 'ready'"
 _SAME = "SELECT * FROM capibara.documents WHERE scope = $1 AND digest = $2 AND state = 'ready' ORDER BY id LIMIT 1"
 _LISTED = "SELECT * FROM capibara.documents WHERE scope = $1 AND id > $2 AND state = 'ready' ORDER BY id LIMIT $3"
-_UNFINISHED = "SELECT * FROM capibara.documents WHERE state <> 'ready' ORDER BY changed, scope, id"
-_SCOPES = "SELECT DISTINCT tenant, collection FROM capibara.documents ORDER BY tenant, collection"
+_LEFT = f"""SELECT {_FIELDS} FROM capibara.documents WHERE scope = $1 AND id = $2 AND state <> 'ready'
+    UNION ALL SELECT {_FIELDS} FROM capibara.unfinished WHERE scope = $1 AND id = $2"""
+_UNFINISHED = f"""SELECT {_FIELDS}, changed FROM capibara.documents WHERE state <> 'ready'
+    UNION ALL SELECT {_FIELDS}, changed FROM capibara.unfinished ORDER BY changed, scope, id"""
+# Joined, not ``= ANY``: for that the whole scope is read.
+_STANDING = """SELECT coalesce((SELECT revision FROM capibara.revisions WHERE scope = $1), 0) AS now,
+        found.id, found.edition, found.revision
+    FROM (VALUES (1)) AS one LEFT JOIN (unnest($2::text[]) AS wanted (id) JOIN capibara.documents AS found
+        ON found.scope = $1 AND found.id = wanted.id COLLATE "C" AND found.state = 'ready') ON true"""
+_SCOPES = """SELECT tenant, collection FROM capibara.documents UNION SELECT tenant, collection FROM capibara.unfinished
+    ORDER BY tenant, collection"""
 _TENANTS = "SELECT name FROM capibara.tenants ORDER BY name"
 
 
@@ -32,18 +55,38 @@ class PostgresDocuments:
     def __init__(self, database: Database, *, shared: bool = False) -> None:
         self._database, self._shared = database, shared
 
-    async def begin(self, document: Document) -> Document | None:
-        return await self._put(document, "begun")
+    async def begin(self, document: Document) -> None:
+        own, scope = _own(document), document.scope
+        await self._database.change((_TENANT, scope.tenant, key(scope.tenant)), (_BEGIN, *_row(document)), (_LEFT_NO_MORE, *own))
 
     async def ready(self, document: Document) -> None:
-        await self._put(document, "ready")
+        own, scope, edition = _own(document), document.scope, (document.edition, document.digest)
+        await self._database.change(
+            (_TENANT, scope.tenant, key(scope.tenant)),
+            (_REVISION, own[0]),
+            (_REPLACED, *own, *edition),
+            (_BEGUN_NO_MORE, *own, *edition),
+            (_READY, *_row(document)),
+        )
+
+    async def settled(self, scope: Scope, id: str) -> None:
+        await self._database.change((_SETTLED, scope_key(scope), id))
+
+    async def left(self, scope: Scope, id: str) -> list[Document]:
+        return [_document(row) for row in await self._database.fetch(_LEFT, scope_key(scope), id)]
+
+    async def standing(self, scope: Scope, ids: Sequence[str]) -> Standing:
+        rows = await self._database.fetch(_STANDING, scope_key(scope), list(ids))
+        return Standing(rows[0]["now"], {row["id"]: Edition(row["edition"], row["revision"]) for row in rows if row["id"] is not None})
 
     async def leaving(self, scope: Scope, id: str) -> Document | None:
-        row, *_ = await self._database.change((_LEAVING, scope_key(scope), id))
-        return None if row is None else _document(row)
+        own = (scope_key(scope), id)
+        rows = await self._database.change((_LEAVING, *own), (_BEGUN, *own))
+        return next((_document(row) for row in rows if row is not None), None)
 
     async def gone(self, scope: Scope, id: str) -> None:
-        await self._database.change((_GONE, scope_key(scope), id))
+        own = (scope_key(scope), id)
+        await self._database.change((_GONE, *own), (_SETTLED, *own))
 
     async def find(self, scope: Scope, id: str) -> Document | None:
         return await self._one(_FIND, scope_key(scope), id)
@@ -68,21 +111,23 @@ class PostgresDocuments:
         if not self._shared:
             await self._database.aclose()
 
-    async def _put(self, document: Document, state: str) -> Document | None:
-        scope, each = document.scope, document
-        own = (scope_key(scope), each.id)
-        about = (scope.tenant, scope.collection, each.title, each.address, each.digest, each.language, each.updated, each.owner)
-        before, *_ = await self._database.change(
-            (_BEFORE, *own), (_TENANT, scope.tenant, key(scope.tenant)), (_PUT, *own, state, *about, each.passages)
-        )
-        return _document(before) if before and before["state"] == "ready" else None
-
     async def _one(self, statement: str, *values: Any) -> Document | None:
         rows = await self._database.fetch(statement, *values)
         return _document(rows[0]) if rows else None
 
 
+def _own(document: Document) -> tuple[str, str]:
+    return scope_key(document.scope), document.id
+
+
+def _row(document: Document) -> tuple[Any, ...]:
+    """The values of ``_FIELDS``."""
+    scope, each = document.scope, document
+    about = (each.title, each.address, each.digest, each.language, each.updated, each.owner, each.passages, each.edition)
+    return (*_own(document), scope.tenant, scope.collection, *about)
+
+
 def _document(row: Mapping[str, Any]) -> Document:
     scope = Scope(row["tenant"], row["collection"])
-    names = ("id", "title", "address", "digest", "language", "updated", "owner", "passages")
+    names = ("id", "title", "address", "digest", "language", "updated", "owner", "passages", "edition")
     return Document(scope=scope, **{name: row[name] for name in names})

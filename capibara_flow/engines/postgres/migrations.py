@@ -37,6 +37,20 @@ STEPS: tuple[tuple[str, str], ...] = (
         CREATE INDEX usage_by_tenant ON capibara.usage (md5(tenant), at DESC);
         CREATE INDEX usage_by_time ON capibara.usage (at DESC)""",
     ),
+    (
+        "editions",
+        """ALTER TABLE capibara.documents ADD COLUMN edition text NOT NULL DEFAULT '', ADD COLUMN revision bigint NOT NULL DEFAULT 0;
+        CREATE TABLE capibara.revisions (scope text COLLATE "C" PRIMARY KEY, revision bigint NOT NULL);
+        CREATE TABLE capibara.unfinished (
+            scope text COLLATE "C" NOT NULL, id text COLLATE "C" NOT NULL,
+            tenant text NOT NULL, collection text NOT NULL, title text NOT NULL, address text NOT NULL, digest text NOT NULL,
+            language text NOT NULL, updated timestamptz NOT NULL, owner text NOT NULL, passages int NOT NULL, edition text NOT NULL,
+            changed timestamptz NOT NULL DEFAULT now(),
+            PRIMARY KEY (scope, id));
+        WITH begun AS (DELETE FROM capibara.documents WHERE state = 'begun' RETURNING *)
+        INSERT INTO capibara.unfinished (scope, id, tenant, collection, title, address, digest, language, updated, owner, passages, edition)
+            SELECT scope, id, tenant, collection, title, address, digest, language, updated, owner, passages, edition FROM begun""",
+    ),
 )
 #: The last step makes a hypertable of usage, and is looked at again at each start: the extension may come later.
 HYPERTABLE = "SELECT create_hypertable('capibara.usage', 'at', create_default_indexes => false, migrate_data => true)"

@@ -56,7 +56,8 @@ class Rig:
         """What was recorded under *key*, in order."""
         if not self.record.exists():
             return []
-        lines = [json.loads(line) for line in self.record.read_text(encoding="utf-8").splitlines()]
+        whole, _, _ = self.record.read_text(encoding="utf-8").rpartition("\n")  # the last line may be only half written
+        lines = [json.loads(line) for line in whole.splitlines()]
         return [line[key] for line in lines if key in line]
 
     def pids(self) -> list[int]:

@@ -1,6 +1,6 @@
 """The sockets that engines and the broker plug into."""
 
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -158,8 +158,8 @@ class PassageStore(Protocol):
         """Keep *passages*, each with its row of *dense* and its *sparse* weights by term; the same id again replaces what was there."""
         ...
 
-    async def delete(self, scope: Scope, document: str) -> None:
-        """Keep no passage of *document* any more; it need not exist."""
+    async def delete(self, scope: Scope, document: str, keep: Collection[str] = ()) -> None:
+        """Keep no passage of *document* any more but those with the ids *keep*; it need not exist."""
         ...
 
     async def nearest(self, scope: Scope, vector: "Vectors", limit: int) -> list[Hit]:
@@ -219,23 +219,57 @@ class GraphStore(Protocol):
         ...
 
 
-class Documents(Protocol):
-    """The list of documents: what is in it and ready can be found. Raises ``StoreUnavailable`` while the store cannot be reached."""
+@dataclass(frozen=True, slots=True)
+class Edition:
+    """Which edition of a document is ready (see ``Document.edition``), and the scope's revision that made it so."""
 
-    async def begin(self, document: Document) -> Document | None:
-        """Note that *document* is being taken in; the one that was ready under this id before, if there is one."""
+    name: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How things stand at one moment: the scope's *revision*, a number that grows, and which *editions* are ready, by document."""
+
+    revision: int = 0
+    editions: Mapping[str, Edition] = field(default_factory=dict)
+
+
+class Documents(Protocol):
+    """The list of documents: what is in it and ready can be found. Raises ``StoreUnavailable`` while the store cannot be reached.
+
+    A document that is changed is in it twice for a while: the one that is ready, and another edition that is not, or not any more.
+    """
+
+    async def begin(self, document: Document) -> None:
+        """Note that *document* is being taken in, in place of whatever of it is unfinished; the one that is ready stays ready."""
         ...
 
     async def ready(self, document: Document) -> None:
-        """*document*, with its number of passages, is in all stores."""
+        """*document*, with its number of passages, is in all stores: from now on it is the one that is ready.
+
+        The edition that was ready before is unfinished now, until ``settled``.
+        """
+        ...
+
+    async def settled(self, scope: Scope, id: str) -> None:
+        """No store has anything of a document but the edition that is ready."""
+        ...
+
+    async def left(self, scope: Scope, id: str) -> list[Document]:
+        """The editions of a document that stores may have something of, and that are not ready."""
+        ...
+
+    async def standing(self, scope: Scope, ids: Sequence[str]) -> Standing:
+        """Which editions of the documents *ids* are ready, as far as any is, all at the same moment."""
         ...
 
     async def leaving(self, scope: Scope, id: str) -> Document | None:
-        """Note that a document is being removed; it, if it is there."""
+        """Note that a document is being removed: it is ready no more; it, if it is there."""
         ...
 
     async def gone(self, scope: Scope, id: str) -> None:
-        """A document is in no store any more."""
+        """A document is in no store any more, in no edition."""
         ...
 
     async def find(self, scope: Scope, id: str) -> Document | None:
@@ -251,7 +285,7 @@ class Documents(Protocol):
         ...
 
     async def unfinished(self) -> list[Document]:
-        """Documents that were begun or are leaving, and did not come to an end."""
+        """What was begun, was replaced or is leaving, and did not come to an end."""
         ...
 
     async def scopes(self) -> list[Scope]:
@@ -478,7 +512,10 @@ class Turns(Protocol):
         ...
 
     async def ask(self, request: Request, reply: type[Reply], *, seconds: float, nobody: str) -> Reply:
-        """The *reply* to *request*; raises ``BrokerUnavailable`` when none comes in time, with the words *nobody* if nobody is there."""
+        """The *reply* to *request*.
+
+        Raises ``BrokerUnavailable`` when none comes in time, with the words *nobody* if nobody is there, and ``Refused``.
+        """
         ...
 
     async def reports(self) -> list[dict[str, Any]]:

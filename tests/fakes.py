@@ -7,12 +7,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from capibara_flow.domain.refusing import Refused
 from capibara_flow.errors import BrokerUnavailable, KeyReused, LeaseLost, TooLarge, TurnUnknown
 from capibara_flow.ports import Abilities, Batch, Entry, Finish, Identity, Piece, Reply, Take, Tally, Text
 from capibara_flow.runtime.work import attempts
 from topics.chat import ChatRequest, Decision, RouteTurn
 from topics.grounding import IngestDocument
-from topics.message import Part, Request
+from topics.message import Part, Refusable, Request
 from topics.output import Output
 from topics.streams import Consumer
 
@@ -261,6 +262,8 @@ class FakeTurns:
             raise BrokerUnavailable(nobody)
         answer = self.replies[type(request)]
         assert isinstance(answer, reply)
+        if isinstance(answer, Refusable) and answer.refused:
+            raise Refused(answer.refused)
         return answer
 
     def rely_on(self, consumers: Sequence[Consumer]) -> None:

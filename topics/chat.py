@@ -237,8 +237,15 @@ class TurnRouted(Event):
     configuration: str = ""
 
 
+#: How the outcome of a call begins that came to nothing, so that another expert was asked.
+PASSED_ON = "passed on: "
+
+
 class ExpertCalled(Event):
-    """How a call of an expert ended."""
+    """How a call of an expert ended.
+
+    Tokens are those of the whole answer so far, over all attempts: see ``topics.output.Usage``.
+    """
 
     pattern: ClassVar[str] = "cf.log.{turn}.caller"
     expert: str
@@ -253,6 +260,11 @@ class ExpertCalled(Event):
     started: float
     first_token: float | None = None
     ended: float
+
+    @property
+    def final(self) -> bool:
+        """Whether the answer ended with this call: nobody else was asked to go on with it."""
+        return not self.outcome.startswith(PASSED_ON)
 
     @property
     def dedupe(self) -> str:

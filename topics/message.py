@@ -72,3 +72,18 @@ class Share(Message):
 
 class Request(Message):
     """Asks one worker for something and waits for its reply; nobody keeps it."""
+
+
+class Refusal(Part):
+    """Why a request was not done: the problem's title and detail, its HTTP status, and whether asking again may help."""
+
+    title: str
+    detail: str
+    status: int
+    retryable: bool = False
+
+
+class Refusable(Part):
+    """A reply that may be *refused* instead of what was asked for."""
+
+    refused: Refusal | None = None

@@ -15,6 +15,8 @@ REPORTS, REPORT_SECONDS = "KV_CF_REPORTS", 20
 LANES, LANE_SECONDS, LANE_AGAIN_SECONDS = "KV_CF_LANES", HOUR, 10 * MINUTE
 #: The queue of calls.
 CALLS = "CF_WORK_CALL"
+#: What was decided and done: facts of every stage.
+LOG = "CF_LOG"
 #: The lane that every expert has: what is neither urgent nor idle of who asks without a name.
 FIRST_LANE = "0"
 #: Documents on their way in, in pieces.
@@ -110,7 +112,7 @@ class Layout:
         ]
         if self.log:
             left = 10 if self.answer_age else 12
-            streams.append(Stream("CF_LOG", ("cf.log.>",), "limits", self.turn_age, -1, left * share, direct=True))
+            streams.append(Stream(LOG, ("cf.log.>",), "limits", self.turn_age, -1, left * share, direct=True))
         if self.answer_age:
             subjects = (answer_key("*", "*"),)
             streams.append(Stream(ANSWERS, subjects, "limits", self.answer_age, -1, 2 * share, max_per_subject=1, direct=True))
@@ -142,6 +144,11 @@ def retriever_consumer() -> Consumer:
 def ingester_consumer() -> Consumer:
     """The one consumer of all ingesters."""
     return Consumer("CF_WORK_INGESTER", "ingester", "cf.work.*.ingester")
+
+
+def accountant_consumer() -> Consumer:
+    """The one consumer of all accountants: what callers tell the log of ended calls. What cannot be kept now may take a while."""
+    return Consumer(LOG, "accountant", "cf.log.*.caller", ack_wait=30.0)
 
 
 def piece_subject(turn: str, number: int | str) -> str:

@@ -55,7 +55,8 @@ async def _start(names: tuple[str, ...], settings: Settings, stack: AsyncExitSta
 def _meant(names: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
     """The workers that *names* stand for, and the edge last: nobody comes in before there are hands, or after they have come to rest.
 
-    ``all`` has an expert host only where the fleet has something to launch, and those who know documents only where these have a place.
+    ``all`` has an expert host only where the fleet has something to launch, those who know documents only where these have a place, and
+    an accountant only where usage has one.
     """
     edge = (EDGE,) if EDGE in names else ()
     if "all" not in names:
@@ -63,6 +64,9 @@ def _meant(names: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
     missing = set() if any(wiring.is_hosted(expert) for expert in settings.experts.active) else {"host"}
     if not settings.knowledge.enabled:
         missing |= {"retriever", "ingester"}
+    if why := wiring.uncounted(settings):
+        missing |= {"accountant"}
+        telemetry.log.info("usage_not_counted", reason=why)
     return (*(name for name in NAMES if name not in missing), *edge)
 
 

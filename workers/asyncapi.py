@@ -13,7 +13,7 @@ from faststream.specification import AsyncAPI
 from capibara_flow import __version__
 from topics.chat import CallExpert
 from topics.flow import DOOR, FLOW
-from topics.streams import Consumer, ingester_consumer, retriever_consumer, router_consumer, undertaker_consumer
+from topics.streams import Consumer, accountant_consumer, ingester_consumer, retriever_consumer, router_consumer, undertaker_consumer
 
 #: Needs that exist only once a worker runs; describing it takes none of them.
 _NEEDS: dict[str, dict[str, Any]] = {
@@ -28,8 +28,9 @@ _NEEDS: dict[str, dict[str, Any]] = {
         "join": None,
         "consumer": retriever_consumer(),
     },
-    "ingester": {"ingest": None, "deposit": None, "answers": None, "consumer": ingester_consumer()},
+    "ingester": {"ingest": None, "check": None, "deposit": None, "answers": None, "consumer": ingester_consumer()},
     "undertaker": {"answers": None, "erase": None, "consumer": undertaker_consumer()},
+    "accountant": {"record": None, "by_day": None, "consumer": accountant_consumer()},
 }
 
 

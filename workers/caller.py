@@ -21,7 +21,7 @@ from capibara_flow.runtime.queues import Queues
 from capibara_flow.runtime.recalling import Recall
 from capibara_flow.runtime.work import attempt, seconds_left, tenant, tries
 from capibara_flow.telemetry import FIRST_TOKEN_SECONDS, TOKENS
-from topics.chat import CallExpert, ChatRequest, ExpertCalled
+from topics.chat import PASSED_ON, CallExpert, ChatRequest, ExpertCalled
 from topics.flow import hop
 from topics.output import Cited
 from topics.streams import Consumer, Layout, subject_token
@@ -66,7 +66,7 @@ def build(
         except EngineFault as error:
             if attempted.account is None or not _out_of_reach(command, error, 2 * retry_seconds):
                 raise
-            await _pass_on(stage, command, error, attempted.account.event(clock(), f"passed on: {error.title}"), retry_seconds)
+            await _pass_on(stage, command, error, attempted.account.event(clock(), f"{PASSED_ON}{error.title}"), retry_seconds)
         else:
             if attempted.account is not None:
                 await stage.say(attempted.account.event(clock()))

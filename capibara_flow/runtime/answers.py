@@ -13,7 +13,7 @@ import orjson
 from nats.errors import Error as NatsError
 
 from capibara_flow.errors import BrokerUnavailable, LeaseLost, TooLarge
-from capibara_flow.runtime.client import TokenClient, status
+from capibara_flow.runtime.client import TokenClient, flushed, status
 from capibara_flow.runtime.lease import WRONG_SEQUENCE, Lease
 from capibara_flow.runtime.output import ended, everything, fits, last_message
 from capibara_flow.runtime.work import attempts
@@ -200,7 +200,7 @@ class FencedAnswers:
         self._inbox = self.client.new_inbox()
         await self.client.listen(f"{self._inbox}.*", self._acknowledged)
         await self.client.listen("cf.ctl.*.cancel", self._cancelled)
-        await self.client.flush()
+        await flushed(self.client)
         self._watchdog = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:

@@ -69,6 +69,15 @@ async def closed(client: Client) -> None:
         await asyncio.wait([search], timeout=0.05)
 
 
+async def flushed(client: Client, seconds: float = 10) -> None:
+    """Return when the broker has taken all that *client* sent: nats-py's PING overtakes what is queued, so the second one counts.
+
+    Raises what nats-py's ``flush`` does, after *seconds* each time; to give up waiting harms nothing.
+    """
+    for _ in range(2):
+        await asyncio.shield(client.flush(timeout=seconds))  # type: ignore[arg-type]  # typed as whole seconds; a cancelled one would end its reading
+
+
 class TokenClient(Client):
     """``nats.aio.client.Client`` with ``listen`` and ``send``.
 

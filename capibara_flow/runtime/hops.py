@@ -1,7 +1,8 @@
 """A hop of the map becomes a subscription and a ``say``.
 
-The subscriber is FastStream's, with its decoding, validation, middlewares and AsyncAPI; only the way that it fetches is ours
-(``Pump``), because FastStream's own loop takes more messages than it has hands and spins when its consumer is gone.
+The subscriber is FastStream's, with its middlewares, context and AsyncAPI. What comes is validated by the map's own messages, once; and
+the way that it fetches is ours (``Pump``), because FastStream's own loop takes more messages than it has hands and spins when its consumer
+is gone.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ from capibara_flow.runtime.output import FULL, fits, publish_once
 from capibara_flow.runtime.provision import ensure_consumer, ensure_stream
 from capibara_flow.runtime.pump import Pump
 from capibara_flow.runtime.queues import Ensure, Queues
-from capibara_flow.runtime.settling import Settle
+from capibara_flow.runtime.settling import Keep, Settle
 from capibara_flow.telemetry import log
 from topics.chat import CallExpert, TurnFailed
 from topics.flow import Hop
@@ -44,51 +45,51 @@ Handler = TypeVar("Handler", bound=Callable[..., Awaitable[None]])
 _REQUESTS = 16  # replied to at once
 
 
-class Stage:
-    """A worker's place at the broker: what it takes, how it says, how its failures end."""
+class Intake:
+    """What a worker takes at the broker, and which requests it replies to; how its work ends is for those below."""
 
     def __init__(
-        self,
-        broker: NatsBroker,
-        hop: Hop,
-        answers: Answers,
-        *,
-        layout: Layout | None = None,
-        lanes: Lanes | None = None,
-        queues: Queues | None = None,
-        retry_seconds: float = 2.0,
-        patience_seconds: float | None = None,
+        self, broker: NatsBroker, hop: Hop, *, layout: Layout | None = None, queues: Queues | None = None, retry_seconds: float = 2.0
     ) -> None:
         self.hop = hop
         self._broker = broker
-        self._answers = answers
         self._layout = layout or Layout()
-        self._lanes, self._queues = lanes, queues
+        self._queues = queues
         self._retry_seconds = retry_seconds
-        self._patience_seconds = patience_seconds
         self._consumers: dict[str, Consumer] = {}
         self._taken: dict[tuple[str, int], Any] = {}
         broker.add_middleware(self._settling)
-        for message in hop.speaks:
-            broker.publisher(message.pattern, schema=message, title=message.__name__)
 
     def _settling(self, message: Any, /, *, context: ContextRepo) -> BaseMiddleware[Any, Any]:
         if isinstance(message, Msg) and message.reply.startswith("$JS.ACK."):
-            return Settle(message, self, context=context)
+            return self._settler(message, context)
         return BaseMiddleware(message, context=context)  # a request: it waits for its reply, and nobody brings it again
+
+    def _settler(self, message: Msg, context: ContextRepo) -> BaseMiddleware[Any, Any]:
+        """What settles *message*."""
+        raise NotImplementedError
+
+    def _around(self, handler: Callable[..., Awaitable[None]], gate: Gate | None) -> Callable[..., Awaitable[None]]:
+        """*handler*, as it is called with each message."""
+        return handler
 
     def serves(self, request: type[Request]) -> Callable[[Callable[..., Awaitable[Part]]], object]:
         """Let a handler reply to *request*, one process of all that serve it."""
         if request not in self.hop.serves:
             raise TypeError(f"{self.hop.worker} does not serve {request.__name__}: topics.flow does not list it")
-        return self._broker.subscriber(request.pattern, queue=self.hop.worker, max_workers=_REQUESTS, title=request.__name__)
+
+        async def understand(message: StreamMessage[Msg]) -> Request:
+            try:
+                return request.read(message.body)
+            except ValidationError as error:  # who asked it is told nothing: it is not one of ours
+                log.warning("request_not_understood", stage=self.hop.worker, request=request.__name__, problems=error.error_count())
+                raise
+
+        queue, title = self.hop.worker, request.__name__
+        return self._broker.subscriber(request.pattern, queue=queue, max_workers=_REQUESTS, decoder=understand, title=title)
 
     def takes(self, consumer: Consumer, *, permits: int, gate: Gate | None = None) -> Callable[[Handler], Handler]:
-        """Subscribe a handler of the hop's command to *consumer*, *permits* messages at once, and none while *gate* is shut.
-
-        What goes wrong for a while is tried again here, so that deliveries count only the attempts that processes did not survive. But a
-        shut gate means that others can do what this process cannot: it is left to them then.
-        """
+        """Subscribe a handler of what the hop consumes to *consumer*, *permits* messages at once, and none while *gate* is shut."""
         subscriber = self._broker.subscriber(
             self.hop.consumes.pattern if consumer.filter == self.hop.consumes.subjects() else consumer.filter,
             stream=JStream(consumer.stream, declare=False),
@@ -107,7 +108,7 @@ class Stage:
         )
 
         def subscribe(handler: Handler) -> Handler:
-            subscriber(self._patient(handler, gate))
+            subscriber(self._around(handler, gate))
             return handler
 
         return subscribe
@@ -126,6 +127,61 @@ class Stage:
 
         return ensuring
 
+    async def _understand(self, message: StreamMessage[Msg]) -> Message:
+        """What *message* carries; raises ``BadRequest``."""
+        try:
+            return self.hop.consumes.read(message.body)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise BadRequest(f"a message that cannot be understood: {error.error_count()} problems, first: {problem}") from error
+
+    def consumer_of(self, message: Msg) -> Consumer:
+        """The consumer that *message* came by."""
+        durable = message.metadata.consumer
+        return next(each for each in self._consumers.values() if each.durable == durable)
+
+    @property
+    def retry_seconds(self) -> float:
+        """How long a message waits before it comes again after a transient error."""
+        return self._retry_seconds
+
+
+class Facts(Intake):
+    """The place of a worker that takes facts of the log: nobody waits for it, and it says nothing."""
+
+    def _settler(self, message: Msg, context: ContextRepo) -> BaseMiddleware[Any, Any]:
+        return Keep(message, self, context=context)
+
+
+class Stage(Intake):
+    """A worker's place at the broker, where it works on turns: what it takes, how it says, how its failures end.
+
+    What goes wrong for a while is tried again here, so that deliveries count only the attempts that processes did not survive. But a
+    shut gate means that others can do what this process cannot: it is left to them then.
+    """
+
+    def __init__(
+        self,
+        broker: NatsBroker,
+        hop: Hop,
+        answers: Answers,
+        *,
+        layout: Layout | None = None,
+        lanes: Lanes | None = None,
+        queues: Queues | None = None,
+        retry_seconds: float = 2.0,
+        patience_seconds: float | None = None,
+    ) -> None:
+        super().__init__(broker, hop, layout=layout, queues=queues, retry_seconds=retry_seconds)
+        self._answers = answers
+        self._lanes = lanes
+        self._patience_seconds = patience_seconds
+        for message in hop.speaks:
+            broker.publisher(message.pattern, schema=message, title=message.__name__)
+
+    def _settler(self, message: Msg, context: ContextRepo) -> BaseMiddleware[Any, Any]:
+        return Settle(message, self, context=context)
+
     async def take_only(self, wanted: Mapping[Consumer, int], gate: Callable[[Consumer], Gate | None], handler: Handler) -> None:
         """While running: let *handler* take from *wanted* (permits by consumer) and nothing else; what is at work goes on to its end."""
         keep = {(consumer.durable, permits) for consumer, permits in wanted.items()}
@@ -139,7 +195,7 @@ class Stage:
                 self.takes(consumer, permits=permits, gate=gate(consumer))(handler)
                 await self._taken[consumer.durable, permits].start()
 
-    def _patient(self, handler: Callable[..., Awaitable[None]], gate: Gate | None) -> Callable[[Message], Awaitable[None]]:
+    def _around(self, handler: Callable[..., Awaitable[None]], gate: Gate | None) -> Callable[..., Awaitable[None]]:
         """*handler*, tried again after transient errors: at once, then with pauses, as long as this delivery's share of the time lasts."""
 
         @functools.wraps(handler)
@@ -199,14 +255,6 @@ class Stage:
         """What the client is told while *turn* waits because of *error*, after it was *passed* on so often."""
         return Waiting(turn=turn, stage=self.hop.worker, title=error.title, reason=str(error), attempt=work.attempt() + passed)
 
-    async def _understand(self, message: StreamMessage[Msg]) -> Message:
-        """The command that *message* carries; raises ``BadRequest``."""
-        try:
-            return self.hop.consumes.read(message.body)
-        except ValidationError as error:
-            problem = error.errors()[0]["msg"]
-            raise BadRequest(f"a message that cannot be understood: {error.error_count()} problems, first: {problem}") from error
-
     async def say(self, *messages: Message) -> None:
         """Publish *messages* once each; commands and output are stored when this returns, in order unless one has to be published again.
 
@@ -226,8 +274,9 @@ class Stage:
         headers = {"Nats-Msg-Id": message.dedupe, "content-type": "application/json", **work.carried()}
         body = message.line() if isinstance(message, Output) else message.model_dump_json(exclude_none=True).encode()
         if not isinstance(message, Command | Signal | Output):
-            # A fact for the log: the turn does not wait for it, and a switched-off log is no fault.
-            await self._broker.publish(body, message.subject, headers=headers)
+            # A fact for the log: the turn does not wait for it. One that was switched off may still be there: it gets nothing more.
+            if self._layout.log:
+                await self._broker.config.connection_state.connection.publish(message.subject, body, headers=headers)
             return
         if isinstance(message, CallExpert) and self._lanes:
             await self._lanes.announce(message, work.tenant())
@@ -271,16 +320,6 @@ class Stage:
         jetstream = self._broker.config.connection_state.stream
         for name in ("CF_OUT", "CF_CTL", *((LANES,) if self._lanes else ())):
             await ensure_stream(jetstream, self._layout.named(name))
-
-    def consumer_of(self, message: Msg) -> Consumer:
-        """The consumer that *message* came by."""
-        durable = message.metadata.consumer
-        return next(each for each in self._consumers.values() if each.durable == durable)
-
-    @property
-    def retry_seconds(self) -> float:
-        """How long a message waits before it comes again after a transient error."""
-        return self._retry_seconds
 
 
 def _pump_instead(  # noqa: PLR0917  all are needed, once

@@ -18,7 +18,7 @@ from nats.js.errors import APIError
 
 from capibara_flow.errors import BrokerUnavailable
 from capibara_flow.runtime.bucket import MARKER
-from capibara_flow.runtime.client import TokenClient, header
+from capibara_flow.runtime.client import TokenClient, flushed, header
 from capibara_flow.runtime.output import stored
 from capibara_flow.telemetry import log
 from topics.chat import CallExpert, bucket_of
@@ -62,7 +62,7 @@ class Lanes:
     async def start(self) -> None:
         """Begin to listen; what is known already has been read when this returns, if the broker answers."""
         self._subscription = await self._client.listen(_KEYS, self._hear)
-        await self._client.flush()
+        await flushed(self._client)
         await self.read()
         await self._look()
         self._task = asyncio.create_task(self._keep())

@@ -1,4 +1,4 @@
-"""How work ends at the broker: every message is heartbeaten while it is worked on, timed, and settled once."""
+"""How work ends at the broker: every message is heartbeaten while it is worked on, timed, and settled once. And how facts are kept."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ from faststream import BaseMiddleware, ContextRepo
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
-from capibara_flow.errors import BrokerUnavailable, CapibaraError, LeaseLost, Terminal, TurnExpired
+from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, LeaseLost, Terminal, TurnExpired
 from capibara_flow.runtime import work
 from capibara_flow.telemetry import SETTLED, STAGE_SECONDS, log
 from topics.flow import Hop
@@ -19,8 +19,8 @@ from topics.streams import Consumer
 _HELD_OFTEN = 10  # deliveries for each attempt, at most: others were held, and given back or lost with who held them
 
 
-class Place(Protocol):
-    """What settling needs of a stage."""
+class Retrying(Protocol):
+    """What keeping facts needs to know of a worker."""
 
     hop: Hop
 
@@ -28,6 +28,10 @@ class Place(Protocol):
     def retry_seconds(self) -> float:
         """How long a message waits before it comes again after a transient error."""
         ...
+
+
+class Place(Retrying, Protocol):
+    """What settling needs of a stage."""
 
     def consumer_of(self, message: Msg) -> Consumer:
         """The consumer that *message* came by."""
@@ -117,6 +121,55 @@ class Settle(BaseMiddleware[Any, Any]):
         await self._stage.give_up(self.msg, final)
         await self.msg.term()
         return "given_up"
+
+
+_LONGEST = 20.0  # seconds after which a fact that could not be kept comes again, at most
+
+
+class Keep(BaseMiddleware[Any, Any]):
+    """Around every fact: it is acknowledged once it is kept; one that can never be kept is told to the log, and let go.
+
+    Nobody waits for it, so that there is no deadline: what fails for a while comes again, as long as its stream has it.
+    """
+
+    __slots__ = ("_place",)
+
+    def __init__(self, message: Any, place: Retrying, /, *, context: ContextRepo) -> None:
+        super().__init__(message, context=context)
+        self._place = place
+
+    async def on_receive(self) -> None:
+        work.begin(self.msg)
+
+    async def after_processed(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc_val: BaseException | None = None,
+        exc_tb: TracebackType | None = None,
+    ) -> bool | None:
+        try:
+            how = await self._settle(exc_val)
+        except (NatsError, TimeoutError) as error:
+            how = "unsettled"  # it comes again when its time is up
+            log.warning("fact_unsettled", subject=self.msg.subject, error=repr(error))
+        SETTLED.labels(self._place.hop.worker, how).inc()
+        return not isinstance(exc_val, asyncio.CancelledError)
+
+    async def _settle(self, error: BaseException | None) -> str:
+        if error is None:
+            await self.msg.ack()  # unconfirmed: should it get lost, the fact comes again and is kept already
+            return "done"
+        if isinstance(error, asyncio.CancelledError):
+            await self.msg.nak()
+            return "handed_over"
+        facts = {"stage": self._place.hop.worker, "subject": self.msg.subject, "error": repr(error)}
+        if isinstance(error, BadRequest):
+            log.error("fact_rejected", **facts)
+            await self.msg.term()
+            return "given_up"
+        log.warning("fact_not_kept_yet", **facts, exc_info=None if isinstance(error, CapibaraError) else error)
+        await self.msg.nak(delay=min(_LONGEST, self._place.retry_seconds * 2 ** min(work.delivered() - 1, 8)))
+        return "again"
 
 
 def _as_final(error: BaseException, *, last: bool) -> CapibaraError | None:

@@ -6,9 +6,7 @@ from functools import partial
 from typing import Any
 
 from nats.errors import Error as NatsError
-from nats.errors import NoRespondersError
 from nats.js.errors import APIError, NotFoundError
-from pydantic import ValidationError
 
 from capibara_flow.domain.reading import Cursor, Verdict
 from capibara_flow.errors import BrokerUnavailable, QueueFull, TooLarge, TurnUnknown
@@ -19,8 +17,9 @@ from capibara_flow.runtime.depositing import Deposit
 from capibara_flow.runtime.history import History
 from capibara_flow.runtime.kept import Kept
 from capibara_flow.runtime.keys import Keys
-from capibara_flow.runtime.output import FULL, OUT, cancel, fits, publish_once, stored
+from capibara_flow.runtime.output import FULL, OUT, cancel, publish_once, stored
 from capibara_flow.runtime.reports import reports_or_none
+from capibara_flow.runtime.requests import replied
 from capibara_flow.runtime.room import Room
 from capibara_flow.telemetry import log
 from topics.chat import EXPIRED, ChatRequest, Decision, Erased, EraseTurn, PreviewRoute, RouteTurn
@@ -340,33 +339,20 @@ class NatsTurns:
 
     async def erase(self, turn: str) -> int:
         nobody = "nobody is there who can erase a turn: start an undertaker"
-        erased = await self._asked(EraseTurn(turn=turn), Erased, _ERASE_SECONDS, nobody, "the turn could not be erased now; ask again")
-        return erased.messages
+        late = "the turn could not be erased now; ask again"
+        return (await replied(self._client, EraseTurn(turn=turn), Erased, seconds=_ERASE_SECONDS, nobody=nobody, late=late)).messages
 
     async def preview(self, turn: str, request: ChatRequest) -> Decision:
         nobody = "nobody is there who can route: start a router"
         asked = PreviewRoute(turn=turn, request=request)
-        return await self._asked(asked, Decision, _PREVIEW_SECONDS, nobody, "no router answers now; ask again")
+        late = "no router answers now; ask again"
+        return await replied(self._client, asked, Decision, seconds=_PREVIEW_SECONDS, nobody=nobody, late=late)
 
     async def deposit(self, turn: str, data: AsyncIterable[bytes], most: int) -> tuple[int, int]:
         return await self._deposit.put(turn, data, most)
 
     async def ask(self, request: Request, reply: type[Reply], *, seconds: float, nobody: str) -> Reply:
-        return await self._asked(request, reply, seconds, nobody, "no answer came in time; ask again")
-
-    async def _asked(self, request: Request, reply: type[Reply], seconds: float, nobody: str, late: str) -> Reply:
-        """The reply to *request*; raises ``BrokerUnavailable``, and says why nobody replied, or too *late*, or not as expected."""
-        body = request.model_dump_json(exclude_none=True).encode()
-        if not fits(self._client, body):
-            raise TooLarge(f"{len(body)} bytes are more than the broker takes at once")
-        headers = {"content-type": "application/json"}
-        try:
-            answer = await self._client.request(request.subject, body, timeout=seconds, headers=headers)
-            return reply.model_validate_json(answer.data)
-        except NoRespondersError as error:
-            raise BrokerUnavailable(nobody) from error
-        except (NatsError, TimeoutError, ValidationError) as error:
-            raise BrokerUnavailable(late) from error
+        return await replied(self._client, request, reply, seconds=seconds, nobody=nobody)
 
     async def reports(self) -> list[dict[str, Any]]:
         return await reports_or_none(self._client)

@@ -30,6 +30,7 @@ __all__ = [
     "run_edge",
     "settle_in",
     "show_streams",
+    "uncounted",
     "worker_needs",
 ]
 
@@ -39,6 +40,13 @@ def worker_needs(name: str, settings: Settings) -> AbstractAsyncContextManager[d
     from capibara_flow.wiring.workers import worker_needs as needs  # noqa: PLC0415  loads every engine, and the door needs none
 
     return needs(name, settings)
+
+
+def uncounted(settings: Settings) -> str:
+    """Why no usage can be counted with *settings*, and what to do about it; empty when it can."""
+    from capibara_flow.wiring.usage import uncounted as why  # noqa: PLC0415  the door counts none
+
+    return why(settings)
 
 
 async def _edge(settings: Settings) -> None:

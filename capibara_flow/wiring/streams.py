@@ -13,6 +13,7 @@ from topics.streams import (
     Consumer,
     Layout,
     absence_consumer,
+    accountant_consumer,
     caller_consumer,
     ingester_consumer,
     retriever_consumer,
@@ -53,7 +54,9 @@ async def apply_streams(settings: Settings) -> list[str]:
     """Make the broker agree with the map; a line for everything done."""
     async with connected(settings, "provisioner") as client:
         jetstream = client.jetstream(timeout=15)
-        house = (*(tuned(each(), settings) for each in (undertaker_consumer, retriever_consumer, ingester_consumer)), absence_consumer())
+        house = [*(tuned(each(), settings) for each in (undertaker_consumer, retriever_consumer, ingester_consumer)), absence_consumer()]
+        if settings.log.enabled:
+            house.append(accountant_consumer())
         return await provision.apply(jetstream, layout(settings), (*consumers(settings), *house))
 
 

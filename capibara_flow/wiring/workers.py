@@ -33,12 +33,15 @@ from capibara_flow.runtime.reports import Reporter, reports_or_none, this_proces
 from capibara_flow.runtime.understanding import Tools, Understanding
 from capibara_flow.runtime.watching import Watched
 from capibara_flow.settings import ROUTES, Settings, read_routes
+from capibara_flow.wiring.extracting import extractor
 from capibara_flow.wiring.fleets import is_hosted, watched_fleet
 from capibara_flow.wiring.knowledge import library
 from capibara_flow.wiring.streams import connected, expert_consumers, layout, tuned
-from topics.flow import kind
+from capibara_flow.wiring.usage import books
+from topics.flow import hop, kind
 from topics.streams import (
     Consumer,
+    accountant_consumer,
     every_stream,
     ingester_consumer,
     retriever_consumer,
@@ -58,13 +61,13 @@ async def worker_needs(name: str, settings: Settings) -> AsyncIterator[Needs]:
     async with AsyncExitStack() as stack:
         # A connection beside FastStream's: tokens take the fast lane.
         client = await stack.enter_async_context(connected(settings, kind(name)))
-        answers = FencedAnswers(client, f"{name}@{socket.gethostname()}:{os.getpid()}")
-        await answers.start()
-        stack.push_async_callback(answers.stop)
-        worker = settings.worker
-        common = {"retry_seconds": worker.retry_seconds, "patience_seconds": worker.patience_seconds}
-        own = await _OWN_NEEDS[name](settings, client, stack)
-        yield {"answers": answers, "layout": layout(settings), **common, **own}
+        common = {"layout": layout(settings), "retry_seconds": settings.worker.retry_seconds}
+        if not hop(kind(name)).takes_facts:
+            answers = FencedAnswers(client, f"{name}@{socket.gethostname()}:{os.getpid()}")
+            await answers.start()
+            stack.push_async_callback(answers.stop)
+            common |= {"answers": answers, "patience_seconds": settings.worker.patience_seconds}
+        yield common | await _OWN_NEEDS[name](settings, client, stack)
 
 
 async def _router_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Needs:
@@ -183,9 +186,19 @@ async def _retriever_needs(settings: Settings, client: TokenClient, stack: Async
 
 async def _ingester_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Needs:
     found = await stack.enter_async_context(library(settings.knowledge))
+    found.extract = await extractor(settings, stack)
     _reporter(client, "ingester", found.facts, stack)
     consumer, permits = tuned(ingester_consumer(), settings), settings.knowledge.ingest_permits
-    return {"ingest": found.take_in, "deposit": Deposit(client), "consumer": consumer, "permits": permits}
+    return {"ingest": found.take_in, "check": found.check, "deposit": Deposit(client), "consumer": consumer, "permits": permits}
+
+
+async def _accountant_needs(settings: Settings, client: TokenClient, stack: AsyncExitStack) -> Needs:
+    kept = books(settings, client)
+    # Before it starts, which may fail half-way.
+    stack.push_async_callback(kept.stop)
+    await kept.start()
+    _reporter(client, "accountant", kept.facts, stack)
+    return {"record": kept.record, "by_day": kept.by_day, "gate": kept.gate, "consumer": accountant_consumer()}
 
 
 _OWN_NEEDS = {
@@ -195,6 +208,7 @@ _OWN_NEEDS = {
     "retriever": _retriever_needs,
     "ingester": _ingester_needs,
     "undertaker": _undertaker_needs,
+    "accountant": _accountant_needs,
 }
 
 

@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
@@ -26,12 +25,6 @@ from topics.streams import Consumer, Layout, caller_consumer, router_consumer
 
 QUESTION = ChatRequest(messages=(ChatMessage(role="user", content="hola"),))
 EXPERT = caller_consumer("phi")
-
-
-async def flushed(client: Client) -> None:
-    """Return when the broker has taken all that *client* sent: nats-py's PING overtakes what is queued, so the second one counts."""
-    await client.flush()
-    await client.flush()
 
 
 class Rig:

@@ -10,9 +10,9 @@ from nats.aio.msg import Msg
 from capibara_flow.errors import BrokerUnavailable, LeaseLost, Terminal, TooLarge
 from capibara_flow.runtime import answers
 from capibara_flow.runtime.answers import FencedAnswer
-from capibara_flow.runtime.client import Hear
+from capibara_flow.runtime.client import Hear, flushed
 from capibara_flow.runtime.turns import NatsTurns
-from tests.runtime.rig import Line, Rig, flushed, line
+from tests.runtime.rig import Line, Rig, line
 from tests.waiting import until
 from topics.output import Done, Output, Token, Usage
 

@@ -10,10 +10,10 @@ from capibara_flow.errors import BrokerUnavailable, QueueFull
 from capibara_flow.ports import Batch, Feed, Identity
 from capibara_flow.runtime import attending, output
 from capibara_flow.runtime.bucket import removed
-from capibara_flow.runtime.client import header
+from capibara_flow.runtime.client import flushed, header
 from capibara_flow.runtime.output import Stored, last_message
 from capibara_flow.runtime.turns import NatsTurns
-from tests.runtime.rig import QUESTION, Line, Rig, flushed, line
+from tests.runtime.rig import QUESTION, Line, Rig, line
 from tests.waiting import until
 from topics.chat import EXPIRED, CancelTurn, RouteTurn
 from topics.output import Done, Token

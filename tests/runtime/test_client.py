@@ -22,8 +22,8 @@ from nats.errors import ConnectionClosedError, OutboundBufferLimitError
 from nats.protocol.parser import Parser
 
 from capibara_flow.runtime import connection
-from capibara_flow.runtime.client import TokenClient, description, encoded, header, status
-from tests.runtime.rig import Rig, flushed
+from capibara_flow.runtime.client import TokenClient, description, encoded, flushed, header, status
+from tests.runtime.rig import Rig
 from tests.waiting import until
 from topics.streams import Layout
 
@@ -364,7 +364,7 @@ async def test_nothing_is_sent_on_a_connection_that_has_not_yet_said_whose_it_is
     await asyncio.sleep(0.01)
     assert client._pending
     client._status = Client.CONNECTED
-    await client.flush()
+    await flushed(client)
     await until(lambda: ear.heard)
     assert [json.loads(data) for data in ear.data] == [{"stream": "CF_OUT", "seq": 1}]
 

@@ -10,10 +10,11 @@ import pytest
 from capibara_flow.errors import BadRequest, BrokerUnavailable, LeaseLost, TurnUnknown
 from capibara_flow.ports import Batch, Feed
 from capibara_flow.runtime import brokers, erasing
+from capibara_flow.runtime.client import flushed
 from capibara_flow.runtime.erasing import erase
 from capibara_flow.runtime.hops import Stage
 from capibara_flow.runtime.turns import NatsTurns
-from tests.runtime.rig import Rig, flushed, line
+from tests.runtime.rig import Rig, line
 from tests.waiting import until
 from topics.chat import CancelTurn, Decision, RouteTurn, TurnRouted
 from topics.output import Done, Token
@@ -91,24 +92,33 @@ async def test_a_turn_that_waits_in_a_queue_never_begins(rig: Rig):
 
 
 def streaming(
-    rig: Rig, ends: list[str], *, deaf_seconds: float = 0, last_seconds: float = 0
+    rig: Rig, ends: list[str], *, deaf_seconds: float = 0, first_seconds: float = 0, last_seconds: float = 0
 ) -> Callable[[Stage], Callable[[RouteTurn], Awaitable[None]]]:
-    """A worker that speaks until it is stopped, says so and leaves a fact in the log.
+    """A worker that speaks until it is stopped, says so and leaves a fact in the log; or says that its lease was taken from it.
 
-    *deaf_seconds* pass before it begins, *last_seconds* before its last word.
+    *deaf_seconds* pass before it takes its lease, *first_seconds* before its first word, *last_seconds* before its last one.
     """
+
+    async def speak(stage: Stage, turn: str) -> None:
+        async with stage._answers.open(turn, "main") as answer:
+            await asyncio.sleep(first_seconds)
+            async with answer.until_cancelled():
+                for number in range(100_000):
+                    await answer.write(Token(turn=turn, text=f"{number} "))
+                    await asyncio.sleep(0.005)
+            ends.append("stopped")
+            await asyncio.sleep(last_seconds)
+            await answer.finish(DONE)
 
     def build(stage: Stage) -> Callable[[RouteTurn], Awaitable[None]]:
         async def handle(command: RouteTurn) -> None:
             ends.append("began")
             await asyncio.sleep(deaf_seconds)
-            async with stage._answers.open(command.turn, "main") as answer:
-                async with answer.until_cancelled():
-                    for number in range(100_000):
-                        await answer.write(Token(turn=command.turn, text=f"{number} "))
-                        await asyncio.sleep(0.005)
-                await asyncio.sleep(last_seconds)
-                await answer.finish(DONE)
+            try:
+                await speak(stage, command.turn)
+            except LeaseLost:
+                ends.append("fenced off")
+                raise
             await asyncio.sleep(0.05)
             decision = Decision(model_id="phi", route_name="r", complexity="simple", confidence=1, reasoning="")
             await stage.say(TurnRouted(turn=command.turn, decision=decision, plan=Plan(), started=0, ended=0))
@@ -133,20 +143,21 @@ async def test_a_turn_in_mid_stream_is_stopped_and_whoever_reads_it_hears_the_en
         reading = asyncio.create_task(read(feed))
         await until(lambda: turns.facts()["streams_open"])
         gone = await erase(await rig.client("undertaker"), "T1", STREAMS, retry_seconds=0.5)
-        assert ends == ["began", "ended"]
+        assert ends == ["began", "stopped", "ended"]
     heard = await asyncio.wait_for(reading, 40)
     assert heard[-1].final
     assert gone > 3
     assert await kept(rig, "T1") == {}
 
 
-async def test_who_paused_when_the_turn_was_stopped_finds_it_stopped_and_leaves_nothing(rig: Rig):
+@pytest.mark.parametrize("first_seconds", [0, 0.6])  # in the second case the lease is swept up before the first word
+async def test_who_paused_when_the_turn_was_stopped_finds_it_stopped_and_leaves_nothing(rig: Rig, first_seconds: float):
     ends: list[str] = []
-    async with rig.routing(streaming(rig, ends, deaf_seconds=2.5)):
+    async with rig.routing(streaming(rig, ends, deaf_seconds=2.5, first_seconds=first_seconds)):
         await rig.ask("T1")
         await until(lambda: ends)
         await erase(await rig.client("undertaker"), "T1", STREAMS, retry_seconds=1.5)
-        assert ends == ["began", "ended"]
+        assert ends in (["began", "stopped", "ended"], ["began", "stopped", "fenced off"])
     assert await kept(rig, "T1") == {}
 
 

@@ -10,8 +10,9 @@ from capibara_flow.domain.turns import turn_id
 from capibara_flow.errors import BrokerUnavailable, TurnGone, TurnUnknown
 from capibara_flow.ports import Feed
 from capibara_flow.runtime import turns
+from capibara_flow.runtime.client import flushed
 from capibara_flow.runtime.turns import NatsTurns
-from tests.runtime.rig import EXPERT, Line, Rig, flushed, line
+from tests.runtime.rig import EXPERT, Line, Rig, line
 from tests.waiting import until
 from topics.chat import Erased, EraseTurn, RouteTurn
 from topics.output import Done, Output, Routed, Token, parse
@@ -22,7 +23,9 @@ def a_turn(age_seconds: float = 0) -> str:
     return turn_id(milliseconds=int((time.time() - age_seconds) * 1000), entropy=b"0123456789", tenant="acme")
 
 
-NEW, OLD = a_turn(), a_turn(4000)
+#: How long turns are kept here, in seconds: longer than all tests together, which begin long after these turns were made.
+KEPT = 20_000
+NEW, OLD = a_turn(), a_turn(KEPT + 400)
 
 
 def answer(turn: str) -> list[Output]:
@@ -37,7 +40,7 @@ async def client(rig: Rig) -> Line:
 
 @pytest.fixture
 def door(client: Line) -> NatsTurns:
-    return NatsTurns(client, (router_consumer(), EXPERT))
+    return NatsTurns(client, (router_consumer(), EXPERT), turn_age=KEPT)
 
 
 async def say(rig: Rig, turn: str, *said: Output) -> list[int]:
@@ -144,7 +147,7 @@ async def test_an_old_turn_of_which_nothing_is_kept_is_gone(rig: Rig, door: Nats
 
 
 async def test_what_is_old_is_a_matter_of_settings(rig: Rig, client: Line):
-    for age, error in ((3000, TurnGone), (5000, TurnUnknown)):
+    for age, error in ((KEPT, TurnGone), (10 * KEPT, TurnUnknown)):
         with pytest.raises(error):
             await NatsTurns(client, (router_consumer(),), turn_age=age).follow(OLD)
 
@@ -190,9 +193,9 @@ async def test_a_turn_that_disappears_while_it_is_waited_for_is_told(
 
 
 async def test_who_cannot_know_who_works_waits(rig: Rig, client: Line):
-    await (await NatsTurns(client, ()).follow(NEW)).aclose()
+    await (await NatsTurns(client, (), turn_age=KEPT).follow(NEW)).aclose()
     await rig.admin.delete_consumer("CF_WORK_ROUTER", "router")
-    await (await NatsTurns(client, (router_consumer(),)).follow(NEW)).aclose()
+    await (await NatsTurns(client, (router_consumer(),), turn_age=KEPT).follow(NEW)).aclose()
 
 
 # --- erasing --------------------------------------------------------------------------------------------------------
@@ -207,7 +210,7 @@ async def test_a_turn_is_erased_by_whoever_can(rig: Rig, door: NatsTurns):
         await message.respond(Erased(messages=7).model_dump_json().encode())
 
     await undertaker.subscribe("cf.ctl.*.erase", queue="undertaker", cb=erase)
-    await undertaker.flush()
+    await flushed(undertaker)
     assert await door.erase(NEW) == 7
     [message] = asked
     assert (message.subject, EraseTurn.read(message.data)) == (f"cf.ctl.{NEW}.erase", EraseTurn(turn=NEW))

@@ -12,6 +12,7 @@ from nats.js.api import ConsumerConfig
 
 from capibara_flow.errors import BrokerUnavailable
 from capibara_flow.runtime import brokers, lanes, provision
+from capibara_flow.runtime.client import flushed
 from capibara_flow.runtime.erasing import erase
 from capibara_flow.runtime.gating import Gate
 from capibara_flow.runtime.hops import Stage
@@ -318,7 +319,7 @@ async def test_a_turn_that_its_processes_do_not_survive_ends(rig: Rig, sender: S
     subscription = await client.jetstream().pull_subscribe_bind(EXPERT.durable, CALLS)
     [message] = await subscription.fetch(1, timeout=20)
     await client.publish("cf.out.T1.lease.main", b"somebody who died of it 4")
-    await client.flush()
+    await flushed(client)
     await message.nak()
     await subscription.unsubscribe()
     caller = await Process(rig, "a").run(stack)

@@ -4,8 +4,9 @@ import pytest
 from nats.aio.client import Client
 
 from capibara_flow.runtime import connection
+from capibara_flow.runtime.client import flushed
 from capibara_flow.settings import ROLES
-from tests.runtime.rig import Rig, flushed
+from tests.runtime.rig import Rig
 from topics.streams import Layout
 
 STREAMS = [stream.name for stream in Layout().streams]
@@ -58,6 +59,7 @@ async def tried(rig: Rig):
         ("router", "$JS.API.CONSUMER.MSG.NEXT.CF_WORK_ROUTER.router"),
         ("caller", "cf.out.T.data.main"),
         ("caller", "$KV.CF_REPORTS.caller.p"),
+        ("accountant", "$JS.API.CONSUMER.MSG.NEXT.CF_LOG.accountant"),
         ("provisioner", "$JS.API.STREAM.DELETE.CF_MINE"),
     ],
 )
@@ -97,6 +99,11 @@ async def test_the_check_itself_tells_what_is_allowed(tried: dict[str, Tried], r
         ("undertaker", "cf.work.T.router"),
         ("undertaker", "cf.ctl.T.erase"),
         ("undertaker", "$JS.API.STREAM.DELETE.CF_OUT"),
+        ("accountant", "cf.log.T.caller"),
+        ("accountant", "cf.out.T.lease.main"),
+        ("accountant", "cf.ctl.T.usage"),
+        ("accountant", "$JS.API.STREAM.PURGE.CF_LOG"),
+        ("accountant", "$JS.API.CONSUMER.CREATE.CF_LOG.spy.cf.log.>"),
         ("edge", "$JS.API.STREAM.PURGE.CF_OUT"),
         ("caller", "$KV.CF_READERS.T"),
         ("caller", "$KV.CF_REPORTS.router.p"),

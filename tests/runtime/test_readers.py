@@ -6,9 +6,10 @@ import pytest
 from nats.aio.msg import Msg
 
 from capibara_flow.runtime import readers
+from capibara_flow.runtime.client import flushed
 from capibara_flow.runtime.output import last_message
 from capibara_flow.runtime.readers import Absences
-from tests.runtime.rig import Rig, flushed, line
+from tests.runtime.rig import Rig, line
 from tests.waiting import until
 from topics.chat import EXPIRED, CancelTurn
 from topics.streams import READERS, Layout, due_key, reader_key

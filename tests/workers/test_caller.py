@@ -21,6 +21,7 @@ from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineUnre
 from capibara_flow.ports import Abilities, Finish, Text, ToolFragment
 from capibara_flow.runtime import brokers
 from capibara_flow.runtime.cache import AnswerCache
+from capibara_flow.runtime.client import flushed
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.output import stored
 from capibara_flow.runtime.recalling import Recall
@@ -38,7 +39,7 @@ TURN = turn_id(milliseconds=1, entropy=bytes(10), tenant="t")
 REQUEST = ChatRequest.model_validate({"messages": [{"role": "user", "content": "hello"}], "model": "ex.pert"})
 COMMAND = CallExpert(turn=TURN, expert="ex_pert", bucket=0, request=REQUEST)
 HALF = Token(turn=TURN, text="half")
-IN_AN_HOUR = {DEADLINE: f"{time.time() + 3600:.3f}"}
+TOMORROW = {DEADLINE: f"{time.time() + 86_400:.3f}"}
 ROUTED = Routed(turn=TURN, model_id="ex.pert", route_name="r", complexity="simple", confidence=1, reasoning="why")
 
 KEPT = AnswersSettings(age_seconds=60)
@@ -114,7 +115,7 @@ async def start(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Start]:
             await observer.subscribe("cf.log.>", cb=hear)
             await observer.subscribe("cf.dead.>", cb=hear)
             await observer.subscribe("cf.out.>", cb=hear)
-            await observer.flush()
+            await flushed(observer)
             await nats.connect()
             needs = {"answers": answers, "consumers": wiring.expert_consumers(settings), "retry_seconds": retry_seconds}
             if cache:
@@ -161,7 +162,7 @@ async def test_tool_calls_and_reasoning_pass_unchanged(start: Start) -> None:
     ]
 
 
-@pytest.mark.parametrize("headers", [{}, IN_AN_HOUR], ids=["delivered again", "tried again"])
+@pytest.mark.parametrize("headers", [{}, TOMORROW], ids=["delivered again", "tried again"])
 @pytest.mark.parametrize("after", [0, 1, 2])
 async def test_after_a_fault_an_engine_that_repeats_itself_is_heard_once(start: Start, after: int, headers: dict[str, str]) -> None:
     engine = FakeEngine(spoken("a", "b"), error=EngineBroke("broke"), fails_after=after, times=1)
@@ -230,7 +231,7 @@ async def test_the_next_expert_goes_on_when_one_is_out_of_reach(start: Start) ->
     down = FakeEngine(spoken("half"), error=EngineUnreachable("down"), fails_after=1)
     up, answers = FakeEngine(spoken("half", " an"), abilities=Abilities()), FakeAnswers([ROUTED])
     stand = await start(down, answers, others={"other": up})
-    await stand.call(COMMAND.model_copy(update={"alternatives": ("other",)}), **IN_AN_HOUR)
+    await stand.call(COMMAND.model_copy(update={"alternatives": ("other",)}), **TOMORROW)
     await until(lambda: answers.outputs and answers.outputs[-1].final)
     await stand.until_settled()
     assert (len(down.requests), len(up.requests), up.requests[0].model) == (1, 1, "other")
@@ -263,7 +264,7 @@ async def test_experts_that_are_all_out_of_reach_are_asked_in_turn_and_the_clien
 async def test_an_engine_that_comes_back_before_the_deadline_is_waited_for(start: Start) -> None:
     engine, answers = FakeEngine(spoken("a"), error=EngineUnreachable("it is down"), times=5), FakeAnswers([ROUTED])
     stand = await start(engine, answers)
-    await stand.call(**IN_AN_HOUR)
+    await stand.call(**TOMORROW)
     await stand.until_settled()
     assert len(engine.requests) == 6
     assert texts(answers.outputs) == ["a"]

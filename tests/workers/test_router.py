@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from structlog.testing import capture_logs
 
 from capibara_flow import wiring
 from capibara_flow.domain.routing import Understood
 from capibara_flow.domain.turns import bucket, turn_id
 from capibara_flow.runtime import brokers
+from capibara_flow.runtime.client import flushed
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.settings import WorkerSettings
 from tests.conftest import settings_for
@@ -81,7 +83,7 @@ async def stand(broker: EmbeddedBroker, tmp_path: Path) -> AsyncIterator[Stand]:
             stand.heard.append(message)
 
         await observer.subscribe("cf.>", cb=hear)
-        await observer.flush()
+        await flushed(observer)
         nats = brokers.broker(settings, "router")
         await nats.connect()
 
@@ -186,6 +188,15 @@ async def test_a_preview_tells_the_decision_and_does_nothing(stand: Stand) -> No
     assert (await preview(stand, "paint")).route_name == "art"
     assert (await preview(stand, "paint", "phi.mini")).model_id == "phi.mini"
     assert {each.subject for each in stand.heard} == {f"cf.ctl.{TURN}.route"}
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"[1]", b'{"turn": "T"}', b"\xff"])
+async def test_a_preview_that_cannot_be_read_harms_nobody(stand: Stand, body: bytes) -> None:
+    with capture_logs() as said:
+        await stand.client.publish(f"cf.ctl.{TURN}.route", body, reply=stand.client.new_inbox())
+        await until(lambda: said)
+    assert [(each["event"], each["request"]) for each in said] == [("request_not_understood", "PreviewRoute")]
+    assert (await preview(stand, "paint")).route_name == "art"
 
 
 async def test_names_and_rules_need_no_understanding(stand: Stand) -> None:

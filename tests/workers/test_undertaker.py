@@ -14,12 +14,11 @@ from capibara_flow import wiring
 from capibara_flow.domain.turns import turn_id
 from capibara_flow.runtime import brokers
 from capibara_flow.runtime.answers import FencedAnswers
-from capibara_flow.runtime.client import TokenClient
+from capibara_flow.runtime.client import TokenClient, flushed
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.output import last_message, stored
 from capibara_flow.settings import Settings
 from tests.conftest import settings_for
-from tests.runtime.rig import flushed
 from tests.waiting import until
 from topics.chat import EXPIRED, CancelTurn, EraseTurn
 from topics.output import Done, Failed, Output, Token, Usage, parse

@@ -58,6 +58,14 @@ class Ingested:
     turn: str
 
 
+@dataclass(frozen=True)
+class Searched:
+    """What was found, the best first. Where it is not *related* enough to the question, a chat would go on without sources."""
+
+    sources: list[SourceShown]
+    related: bool
+
+
 class RAGClient:
     """Searches, and brings and removes documents, at the door under *base_url*, as whoever holds *key*.
 
@@ -85,7 +93,11 @@ class RAGClient:
         """Nothing is held between two requests; here for those who close what they opened."""
 
     def search_semantic(self, query: str, n_results: int = 10, *, collection: str = DEFAULT_COLLECTION) -> list[SourceShown]:
-        """At most *n_results* sources for *query*, the best first."""
+        """At most *n_results* sources for *query*, the best first, be they related or not."""
+        return self.search(query, n_results, collection=collection).sources
+
+    def search(self, query: str, n_results: int = 10, *, collection: str = DEFAULT_COLLECTION) -> Searched:
+        """As ``search_semantic``, and whether a chat would rest on what was found."""
         accept = "application/toon, application/json;q=0.5" if self._toons else "application/json"
         body = json.dumps({"query": query, "collection": collection, "limit": n_results}).encode()
         headers = {"Content-Type": "application/json", "Accept": accept}
@@ -93,9 +105,9 @@ class RAGClient:
             flat = self._toons and response.headers.get_content_type() == "application/toon"
             text = response.read().decode()
         try:
-            if flat:
-                return [unflattened(row) for row in self._toons.loads(text)["sources"]]
-            return [source_of(each) for each in json.loads(text)["sources"]]
+            answer = self._toons.loads(text) if flat else json.loads(text)
+            sources = [unflattened(each) if flat else source_of(each) for each in answer["sources"]]
+            return Searched(sources, bool(answer.get("related", True)))
         except (ValueError, KeyError, TypeError, ValidationError) as error:
             raise RAGError(f"{self.base_url} answered what is no list of sources: {error}") from error
 

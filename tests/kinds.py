@@ -22,7 +22,7 @@ from capibara_flow.runtime.history import History
 from capibara_flow.runtime.ingesting import File
 from capibara_flow.settings import AnswersSettings, Settings, WorkerSettings
 from tests.conftest import installed, settings_for
-from tests.knowledge import knowing
+from tests.knowledge import Library, knowing
 from tests.waiting import until
 from topics.chat import ChatMessage, ChatRequest, RouteTurn
 from topics.knowledge import Scope
@@ -107,8 +107,8 @@ patterns = ["falls twice"]
 class World:
     """A door, and how to ask there."""
 
-    def __init__(self, settings: Settings, door: str, session: ClientSession) -> None:
-        self.settings, self.door, self.session = settings, door, session
+    def __init__(self, settings: Settings, door: str, session: ClientSession, library: Library) -> None:
+        self.settings, self.door, self.session, self.library = settings, door, session, library
 
     async def post(self, body: dict[str, Any], **headers: str) -> ClientResponse:
         """Ask in the native dialect."""
@@ -209,6 +209,17 @@ async def cancelled_while_it_waits(world: World) -> str:
     return turn
 
 
+async def cancelled_in_the_search(world: World) -> str:
+    """Its sources are found when nobody wants them any more."""
+    async with await world.post({"message": "a dusty capibara", "grounded": True}) as response:
+        turn = response.headers["X-Capibara-Turn"]
+        await _beginning(response, "routed")
+        await world.cancel(turn)
+        await response.text()
+    world.library.dusted.set()
+    return turn
+
+
 async def given_again(world: World) -> str:
     """The same question at temperature 0: the second answer was made for the first one."""
     for _ in range(2):
@@ -245,6 +256,9 @@ _FOLLOWING = [
     {"role": "user", "content": "¿y ahora?"},
 ]
 
+#: What there is to rest an answer on, and whose it is.
+DOCUMENT = (Scope("anonymous"), File(b"The capibara swims.", "swimming.txt"))
+
 KINDS: dict[str, Ask] = {
     "spanish": plain("¿Qué tal, capibara?"),
     "english": plain("How are you?"),
@@ -262,6 +276,7 @@ KINDS: dict[str, Ask] = {
     "cancelled": cancelled,
     "cancelled in the queue": cancelled_in_the_queue,
     "cancelled while it waits": cancelled_while_it_waits,
+    "cancelled in the search": cancelled_in_the_search,
     "cached": given_again,
     "down to the end": plain("is somebody there?", model="gone", timeout_seconds=1.5),
     "bad request": plain("refuse this"),
@@ -290,8 +305,8 @@ async def world(broker: EmbeddedBroker, folder: Path, head: str = "", tail: str 
     settings = settings_for(broker, fleet, **groups)
     try:
         async with installed(settings, runners[0][1]) as running, knowing(settings) as library, ClientSession() as session:
-            await library.ingest(Scope("anonymous"), File(b"The capibara swims.", "swimming.txt"))
-            yield World(settings, await running.start_edge(), session)
+            await library.ingest(*DOCUMENT)
+            yield World(settings, await running.start_edge(), session, library)
     finally:
         for runner, _ in runners:
             await runner.cleanup()

@@ -20,10 +20,12 @@ from capibara_flow.domain.differences import Difference
 from capibara_flow.domain.record import Record
 from capibara_flow.domain.recording import recorded
 from capibara_flow.runtime.embedded import EmbeddedBroker
+from capibara_flow.runtime.ingesting import File
 from capibara_flow.settings import Settings
 from capibara_flow.wiring.laboratory import Setup, laboratory, own_broker
 from tests import kinds
 from tests.conftest import ROOT
+from tests.knowledge import knowing
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_logging")]
 
@@ -107,6 +109,7 @@ def test_every_kind_is_what_it_is_called(yesterday: Yesterday):
         "cancelled",
         "cancelled in the queue",
         "cancelled while it waits",
+        "cancelled in the search",
     }
     assert {each.message.continued for each in found["prefill"].attempts} == {"prefill"}
     assert {each.message.continued for each in found["skip"].attempts} == {"skip"}
@@ -221,8 +224,12 @@ def test_another_configuration_gives_a_table_of_what_changes(yesterday: Yesterda
     assert "3 turns played" in table.stdout
     nothing = run("rerun", "--since", "0s")
     assert (nothing.exit_code, nothing.stdout) == (2, "nothing was played: no turn of that time is kept\n")
+    calls = run("rerun", "--only", "caller", "--json")
+    told = json.loads(calls.stdout)
+    assert (calls.exit_code, told["changed"]) == (0, []), calls.output
+    assert "never came to an expert" in told["skipped"][yesterday.turn("unknown expert")]
     refused = run("rerun", "--only", "speaker")
-    assert (refused.exit_code, "router, retriever, caller" in refused.stderr) == (1, True)
+    assert (refused.exit_code, "router, retriever, caller" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -279,3 +286,24 @@ def test_the_decisions_about_grounded_turns_are_made_again(yesterday: Yesterday,
     told = json.loads(rerun.stdout)
     assert (rerun.exit_code, told["changed"]) == (0, [])
     assert told["played"] >= 20
+
+
+async def test_sources_are_looked_for_anew_if_that_is_wanted(yesterday: Yesterday, here: Path):
+    async def rerun(*more: str) -> tuple[int, list[dict[str, Any]], str]:
+        result = await asyncio.to_thread(run, "rerun", "--since", "1h", "--search", "--json", *more)
+        return result.exit_code, json.loads(result.stdout)["changed"] if result.stdout else [], result.stderr
+
+    only = ("--only", "router,retriever")
+    exit_code, _, told = await rerun(*only)
+    assert (exit_code, "start a retriever" in told) == (2, True)
+    for nothing in ((), ("--only", "router")):
+        exit_code, _, told = await rerun(*nothing)
+        assert (exit_code, "--only router,retriever" in told) == (2, True)
+    async with knowing(yesterday.settings) as library:
+        await library.ingest(*kinds.DOCUMENT)
+        assert await rerun(*only) == (0, [], "")
+        await library.ingest(kinds.DOCUMENT[0], File(b"The otter? Who swims? The otter!", "otters.txt"))
+        exit_code, changed, _ = await rerun(*only)
+    assert exit_code == 1
+    assert [each["turn"] for each in changed] == [yesterday.turn("grounded")]
+    assert {(each["where"], each["what"]) for each in changed[0]["differences"]} == {("sources", "passages")}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,7 @@ import pytest
 from aiohttp import ClientSession, web
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from capibara_flow import settings, wiring
@@ -74,8 +75,22 @@ def until(condition: Callable[[], object], seconds: float = 30):
 
 
 COMMANDS = ["", "up", "chat", "doctor", "edge", "worker", "engine scripted", "streams apply", "streams show"]
-COMMANDS += ["turns", "show", "replay", "diff", "fork", "capsule export", "capsule run", "rerun", "ingest", "search", "rag list", "queue"]
-COMMANDS += ["dead", "dead list", "dead show", "dead retry", "erase", "fleet", "fleet check", "fleet status"]
+COMMANDS += [
+    "turns",
+    "show",
+    "replay",
+    "diff",
+    "fork",
+    "capsule export",
+    "capsule run",
+    "rerun",
+    "ingest",
+    "search",
+    "rag list",
+    "rag check",
+    "queue",
+]
+COMMANDS += ["dead", "dead list", "dead show", "dead retry", "erase", "usage", "fleet", "fleet check", "fleet status"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -129,6 +144,7 @@ def test_expected_errors_have_words_and_bugs_have_none():
     assert expected(settings.SettingsError("x is wrong")) == "x is wrong"
     assert "capibara doctor" in (expected(ConnectionRefusedError("refused")) or "")
     assert expected(KeyError("a bug")) is None
+    assert expected(BrokenPipeError("nobody reads on")) is None
 
 
 def test_an_expected_error_is_one_line_and_exit_code_1(monkeypatch):
@@ -441,6 +457,20 @@ def test_a_running_up_is_found_and_a_dead_one_is_not(monkeypatch, tmp_path):
     ended.wait()
     (tmp_path / state.FILE).write_text(json.dumps(facts | {"pid": ended.pid}), encoding="utf-8")
     assert state.running(tmp_path) is None
+
+
+def test_what_up_was_told_is_told_on_but_no_secrets() -> None:
+    def names(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, bool]]:
+        for name, field in model.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from names(inner, f"{prefix}{name.upper()}__")
+            else:
+                yield f"{prefix}{name.upper()}", "SecretStr" in str(inner) or name == "keys"
+
+    every = dict(names(settings.Settings, "CAPIBARA_"))
+    assert state.told_on(dict.fromkeys((*every, "PATH"), "x")) == {name: "x" for name, secret in every.items() if not secret}
+    assert {name for name, secret in every.items() if secret} >= {"CAPIBARA_AUTH__KEYS", "CAPIBARA_KNOWLEDGE__POSTGRES"}
 
 
 def test_a_port_is_free_until_somebody_listens():

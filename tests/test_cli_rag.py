@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -29,6 +30,7 @@ from tests.edge.knowing import form
 from tests.knowledge import Library, knowing
 from tests.waiting import until
 from tests.webserver import serving
+from topics.grounding import Checked, Disagreement
 from topics.knowledge import Scope
 
 ANN, BOB = "sk-ann-0001", "sk-bob-0001"
@@ -101,6 +103,10 @@ async def test_a_folder_comes_in_once_and_is_found_listed_and_removed(door: str,
     shown = await run("search", "forty days", *at)
     assert "[1] 2.000  leave.md" in shown.stdout
     assert "[2] 1.000" in shown.stdout
+    library.related = False
+    told = await run("search", "forty days", *at)
+    assert told.stdout == f"nothing related: a chat would not use these\n{shown.stdout}"
+    library.related = True
 
     listed = json.loads((await run("rag", "list", *at, "--json")).stdout)
     assert {each["title"] for each in listed} == {"leave.md", "deep/días.txt", "deep/deeper/c.md"}
@@ -250,7 +256,8 @@ def test_a_newer_server_is_understood_and_a_strange_one_is_told() -> None:
     newer = web.json_response({"sources": [TOLD | {"newer": 1}], "more": 1})
     answers = iter([newer, web.Response(text="<html>"), web.json_response({"sources": [{}]})])
     with serving({"POST /api/rag/search": lambda _: next(answers)}) as url, RAGClient(url) as client:
-        assert [each.title for each in client.search_semantic("q")] == ["A"]
+        found = client.search("q")
+        assert ([each.title for each in found.sources], found.related) == (["A"], True)
         for _ in range(2):
             with pytest.raises(RAGError, match="no list of sources"):
                 client.search_semantic("q")
@@ -316,7 +323,64 @@ def test_stores_that_come_along_are_left_alone_while_up_runs(tmp_path: Path) -> 
 
 
 def test_what_is_found_is_told_with_what_mends_it() -> None:
-    finding = Finding(Scope("acme", "laws"), "ab12", "relink", "the graph\x1b lacks it", "https://h/a")
-    assert findings_told([finding], repaired=False) == "acme/laws ab12 https://h/a: the graph\ufffd lacks it (--repair would relink it)"
-    assert "its links were made again" in findings_told([finding], repaired=True)
-    assert findings_told([], repaired=False) == "all stores agree"
+    finding = Disagreement(
+        tenant="acme", collection="laws", document="ab12", address="https://h/a", why="the graph\x1b lacks it", repair="relink"
+    )
+    told = findings_told(Checked(findings=(finding,)), repaired=False)
+    assert told == "acme/laws ab12 https://h/a: the graph\ufffd lacks it (--repair would relink it)"
+    assert "its links were made again" in findings_told(Checked(findings=(finding,)), repaired=True)
+    assert findings_told(Checked(findings=(finding,), more=7), repaired=True).endswith("\nand 7 more")
+    assert findings_told(Checked(), repaired=False) == "all stores agree"
+
+
+def reaching(settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let commands find the broker of *settings* as they find a running `up`, whose stores are in *folder*."""
+    monkeypatch.setenv("CAPIBARA_NATS__URL", settings.nats.url)
+    for role, password in settings.nats.passwords.items():
+        monkeypatch.setenv(f"CAPIBARA_NATS__PASSWORDS__{role.upper()}", password.get_secret_value())
+    monkeypatch.setenv("CAPIBARA_STATE", str(folder))
+    folder.mkdir()
+    (folder / state.FILE).write_text(json.dumps({"pid": os.getpid(), "environment": {}}))
+
+
+async def test_a_running_ingester_is_asked_whether_the_stores_agree(
+    library: Library, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reaching(settings, tmp_path / "state", monkeypatch)
+    assert (await run("rag", "check")).stdout == "all stores agree\n"
+    library.findings = [Finding(Scope("acme", "laws"), "ab12", "trim", "a change of it was not finished", "a.md")]
+    found = await run("rag", "check")
+    assert (found.exit_code, found.stdout) == (1, "acme/laws ab12 a.md: a change of it was not finished (--repair would trim it)\n")
+    assert json.loads((await run("rag", "check", "--json")).stdout)[0]["document"] == "ab12"
+    mended = await run("rag", "check", "--repair")
+    assert (mended.exit_code, mended.stdout) == (0, "acme/laws ab12 a.md: a change of it was not finished (the rest was taken out)\n")
+    assert (await run("rag", "check")).exit_code == 0
+
+
+async def test_where_no_ingester_runs_the_stores_are_opened_unless_they_are_in_use(
+    installation: Installation, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "state"
+    reaching(settings, folder, monkeypatch)
+    alone = await run("rag", "check")
+    assert alone.exit_code == 1
+    assert "no place for documents" in alone.stderr
+    (folder / "knowledge").mkdir()
+    busy = await run("rag", "check")
+    assert busy.exit_code == 1
+    assert "stop it first" in busy.stderr
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_whoever_reads_no_further_is_no_error(more: tuple[str, ...]) -> None:
+    facts = {"title": "A", "address": "a.md", "language": "es", "digest": "d", "updated": 0.0, "passages": 1}
+    documents = [{**facts, "id": f"{number:064}"} for number in range(1000)]
+    answer = {"documents": documents, "next": None}
+    with serving({"GET /api/rag/documents": lambda _: web.json_response(answer)}) as url:
+        reading, writing = os.pipe()
+        os.close(reading)
+        command = (sys.executable, "-m", "capibara_flow", "rag", "list", "--url", url, *more)
+        ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+        os.close(writing)
+    assert ended.stderr == ""
+    assert ended.returncode != 0

@@ -11,19 +11,22 @@ from typer.testing import CliRunner
 
 from capibara_flow import wiring
 from capibara_flow.cli.app import app
-from capibara_flow.cli.fork import fork
+from capibara_flow.cli.fork import Forked, fork, told
 from capibara_flow.domain.capsule import changes
-from capibara_flow.domain.forking import COPIED, Stage
+from capibara_flow.domain.forking import COPIED, Stage, begins_at
 from capibara_flow.domain.record import Record
 from capibara_flow.domain.recording import recorded
 from capibara_flow.domain.turns import belongs
 from capibara_flow.errors import BadRequest, TurnUnknown, UnknownExpert
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.history import History
+from capibara_flow.runtime.ingesting import File
 from capibara_flow.wiring.laboratory import Setup, laboratory, own_broker
 from tests.conftest import Installation
 from tests.edge.client import ask
+from tests.knowledge import knowing
 from tests.waiting import until
+from topics.knowledge import Scope
 
 
 async def of(installation: Installation, turn: str) -> Record:
@@ -89,14 +92,68 @@ async def test_an_empty_value_leaves_it_to_the_expert_and_nothing_changed_is_ask
     assert same.calls[0].message.request == old.calls[0].message.request
 
 
+def titles(record: Record) -> list[str]:
+    return [source.passage.title for source in record.calls[0].message.sources]
+
+
 REFUSED: tuple[tuple[Stage, str, type[Exception], str], ...] = (
     ("caller", "colour=red", BadRequest, "temperature"),
     ("caller", "temperature", BadRequest, "KEY=VALUE"),
     ("caller", "temperature=hot", BadRequest, "temperature: "),
     ("router", "temperature=9", BadRequest, "temperature: "),
     ("caller", "source=3", BadRequest, "source"),
+    ("caller", "collection=birds", BadRequest, "--from retriever"),
+    ("router", "collection=no spaces", BadRequest, "collection: "),
+    ("retriever", "message=x", BadRequest, "fork it from the router"),
     ("caller", "expert=nobody", UnknownExpert, "scripted"),
+    ("caller", "expert=", BadRequest, "a fork from the router"),
+    ("router", "message= ", BadRequest, "it is empty"),
 )
+
+
+async def test_a_fork_at_the_retriever_finds_sources_anew(installation: Installation, door: str):
+    async with knowing(installation.settings) as library:
+        scope = Scope("anonymous")
+        await library.ingest(scope, File(b"Capibaras can swim", "capibaras"))
+        old = await asked(installation, door, "who can swim", grounded=True)
+        await library.ingest(scope, File(b"Otters can swim and dive, who knows", "otters"))
+        await library.ingest(Scope("anonymous", "birds"), File(b"Ducks can swim", "ducks"))
+        new = await forked(installation, old, "retriever", "temperature=0")
+        other = await forked(installation, old, "retriever", "collection=birds")
+        third = await forked(installation, old, "retriever", "message=who dives")
+        same = await forked(installation, third, "caller", "message=who can swim")
+    assert titles(old) == ["capibaras"]
+    assert (titles(new), titles(other), titles(third), titles(same)) == (["otters", "capibaras"], ["ducks"], ["otters"], ["otters"])
+    assert upstream(new) == upstream(old)
+    assert len(upstream(new)) == 3
+    assert (new.origin, new.outcome) == (old.turn, "stop")
+    assert new.calls[0].message.request.sampling.temperature == 0
+    assert [begins_at(each) for each in (old, new, third, same)] == ["router", "retriever", "retriever", "caller"]
+    with pytest.raises(BadRequest, match="--from caller"):
+        await fork(installation.settings, old.turn, "retriever", ("source=-1",))
+
+
+async def test_such_a_fork_is_played_again_with_what_it_found(installation: Installation, door: str):
+    async with knowing(installation.settings) as library:
+        await library.ingest(Scope("anonymous"), File(b"Capibaras can swim", "capibaras"))
+        old = await asked(installation, door, "who can swim", grounded=True)
+        new = await forked(installation, old, "retriever", "expert=paint")
+    fleet = installation.settings.experts
+    with own_broker() as settings:
+        async with laboratory(settings, Setup(fleet)) as place:
+            again = await place.play(recorded(new, fleet), new)
+    assert (new.expert, titles(new)) == ("paint", ["capibaras"])
+    assert changes(new, again) == ()
+
+
+def test_what_was_changed_is_told_in_a_line_and_every_source_that_was_dropped():
+    made = Forked(
+        "NEW", "OLD", "caller", "anonymous", (("source", "-1"), ("source", "-3 "), ("message", "\x1b[31mred"), ("stop", "x" * 500))
+    )
+    assert made.as_json()["changed"] == {"source": "-1,-3", "message": "\x1b[31mred", "stop": "x" * 500}
+    head = told(made, "http://here").splitlines()[0]
+    assert head.isprintable()
+    assert len(head) < 200
 
 
 async def test_what_cannot_be_changed_is_told(installation: Installation, door: str):
@@ -153,4 +210,4 @@ async def test_the_command_tells_how_to_go_on(
     assert f"capibara diff {old.turn} " in told.stdout
     assert "curl -N http://127.0.0.1:5001/api/chat/" in told.stdout
     refused = await asyncio.to_thread(run, "--from", "speaker")
-    assert (refused.exit_code, "router or caller" in refused.output) == (2, True)
+    assert (refused.exit_code, "router, retriever or caller" in " ".join(refused.output.replace("│", " ").split())) == (2, True)

@@ -142,7 +142,8 @@ def worker(
         list[str],
         typer.Argument(
             metavar="NAME...",
-            help="One or more of router, caller, retriever, ingester, undertaker, host (launches experts), or all; and edge beside them.",
+            help="One or more of router, caller, retriever, ingester, undertaker, accountant, host (launches experts), or all; "
+            "and edge beside them.",
         ),
     ],
     state: State = DEFAULT_STATE,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from capibara_flow.errors import CannotStart
-from capibara_flow.runtime.embedded import fresh_log, last_lines
-from capibara_flow.runtime.leash import leashed
+from capibara_flow.processes.leash import leashed
+from capibara_flow.processes.logs import fresh_log, last_lines
 
 GRACE_SECONDS = 10.0
 RESTARTS = 5

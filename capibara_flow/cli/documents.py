@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from capibara_flow.cli.options import ApiKey, AsJson, Collection, State, Url
-from capibara_flow.cli.state import DEFAULT_STATE
+from capibara_flow.cli.state import DEFAULT_STATE, adopt
 
 commands = typer.Typer()
 rag_app = typer.Typer(help="The documents that answers are grounded in.", no_args_is_help=True)
@@ -56,7 +56,7 @@ def search(  # noqa: PLR0917  typer passes options by name
     key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the sources that an answer to this would rest on, the best first.
+    """Show the sources that have most to do with this, the best first, and say so when a chat would not use them.
 
     Examples: `capibara search "How do I enter a turn's lane?"`, `capibara search plazo --collection laws --limit 3 --json`.
     """
@@ -64,8 +64,8 @@ def search(  # noqa: PLR0917  typer passes options by name
     from capibara_flow.client import RAGClient
 
     with RAGClient(url, key=key) as client:
-        found = client.search_semantic(query, limit, collection=collection)
-    typer.echo(rag.as_json([each.model_dump() for each in found]) if as_json else rag.sources_told(found))
+        found = client.search(query, limit, collection=collection)
+    typer.echo(rag.as_json([each.model_dump() for each in found.sources]) if as_json else rag.sources_told(found))
 
 
 @rag_app.command("list")
@@ -116,6 +116,8 @@ def rag_check(
 ) -> None:
     """Look whether all stores hold the same documents; exit code 1 if they do not, and nothing was mended.
 
+    A running ingester is asked; where there is none, the stores are opened here.
+
     Examples: `capibara rag check`, `capibara rag check --repair`.
     """
     import asyncio
@@ -123,9 +125,11 @@ def rag_check(
     from capibara_flow import settings
     from capibara_flow.cli import rag
 
-    findings = asyncio.run(rag.check(rag.stores(settings.load(), state), repair=repair))
-    typer.echo(rag.as_json([rag.finding_row(each) for each in findings]) if as_json else rag.findings_told(findings, repaired=repair))
-    if findings and not repair:
+    adopt(state)
+    checked = asyncio.run(rag.check(settings.load(), state, repair=repair))
+    rows = [each.model_dump() for each in checked.findings]
+    typer.echo(rag.as_json(rows) if as_json else rag.findings_told(checked, repaired=repair))
+    if rows and not repair:
         raise typer.Exit(1)
 
 

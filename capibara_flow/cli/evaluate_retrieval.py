@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from capibara_flow.domain import bm25, retrieval
+from capibara_flow.domain import bm25, relevance, retrieval
 from capibara_flow.domain.entities import folded, mentions, names_of_title
 from capibara_flow.engines.embeddings.build import build_embedder
 from capibara_flow.engines.embeddings.cached import CachedEmbedder
@@ -28,7 +28,7 @@ from capibara_flow.engines.embeddings.kept import KeptEmbedder
 from capibara_flow.engines.ladybug import LadybugGraph
 from capibara_flow.engines.milvus import MilvusPassages
 from capibara_flow.ports import Embedder
-from capibara_flow.runtime.searching import FINDERS, Searcher
+from capibara_flow.runtime.searching import FINDERS, Searcher, backdrop
 from capibara_flow.settings import SettingsError
 from topics.knowledge import Mention, Passage, Scope
 
@@ -57,33 +57,34 @@ class Text(BaseModel):
 
 
 class Query(BaseModel):
-    """A line of the questions: what is right by ids or by titles."""
+    """A line of the questions: what is right by ids or by titles; with an empty list nothing is, and nothing should be found."""
 
     model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
 
     id: str = ""
     question: str = Field(min_length=1)
-    gold: str | tuple[str, ...] = ()
-    gold_titles: tuple[str, ...] = ()
+    gold: str | tuple[str, ...] | None = None
+    gold_titles: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
     def _known(self) -> "Query":
-        if bool(self.gold) == bool(self.gold_titles):
-            raise ValueError("needs either gold or gold_titles")
+        if self.gold == "" or (self.gold is None and self.gold_titles is None) or (self.gold and self.gold_titles):
+            raise ValueError("needs either gold or gold_titles; an empty list where nothing in the corpus answers")
         return self
 
     @property
     def right(self) -> tuple[str, ...]:
         """The ids or titles."""
-        return (self.gold,) if isinstance(self.gold, str) and self.gold else tuple(self.gold or self.gold_titles)
+        return (self.gold,) if isinstance(self.gold, str) else tuple(self.gold or self.gold_titles or ())
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found for a question, in order, and how long that took (seconds)."""
+    """What was found for a question, in order, how long that took (seconds), and whether it is *related* enough to ground an answer."""
 
     found: tuple[str, ...]
     seconds: float
+    related: bool = True
 
 
 def cache_folder() -> Path:
@@ -91,10 +92,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capibara"
 
 
-def evaluate(corpus: Path, queries: Path, embedder: str, *, collection: str = "", ablation: bool = False) -> dict[str, Any]:
+def evaluate(
+    corpus: Path, queries: Path, embedder: str, *, collection: str = "", ablation: bool = False, floor: float = relevance.FLOOR
+) -> dict[str, Any]:
     """The figures of ``capibara eval retrieval``, ready for JSON.
 
-    A *collection* keeps what was made of the corpus under that name. Raises ``SettingsError`` naming file and line of what is wrong.
+    What is found counts as it is ranked; beside it stands how often *floor* would leave a question without sources. A *collection*
+    keeps what was made of the corpus under that name. Raises ``SettingsError`` naming file and line of what is wrong.
     """
     if not all(each.isalnum() or each in "-_." for each in collection) or collection.startswith("."):
         raise SettingsError(f"--collection {collection!r}: letters, digits, - _ and . only")
@@ -103,7 +107,7 @@ def evaluate(corpus: Path, queries: Path, embedder: str, *, collection: str = ""
         raise SettingsError(f"{corpus}: {double} ids stand there twice")
     asked = read(queries, Query)
     gold = [_gold(query, texts, queries) for query in asked]
-    return asyncio.run(_evaluated(texts, asked, gold, embedder, collection=collection, ablation=ablation))
+    return asyncio.run(_evaluated(texts, asked, gold, embedder, collection=collection, ablation=ablation, floor=floor))
 
 
 def read(path: Path, kind: type[Row]) -> list[Row]:
@@ -141,17 +145,24 @@ def _gold(query: Query, texts: Sequence[Text], path: Path) -> list[set[str]]:
 
 
 async def _evaluated(
-    texts: Sequence[Text], queries: Sequence[Query], gold: Sequence[retrieval.Gold], name: str, *, collection: str, ablation: bool
+    texts: Sequence[Text],
+    queries: Sequence[Query],
+    gold: Sequence[retrieval.Gold],
+    name: str,
+    *,
+    collection: str,
+    ablation: bool,
+    floor: float,
 ) -> dict[str, Any]:
     embedder = build_embedder(name)
     try:
         async with _index(texts, embedder, collection) as (scope, passages, graph):
-            searcher = Searcher(embedder, passages, graph)
+            searcher = Searcher(embedder, passages, graph, backdrop=await backdrop(embedder))
             await searcher.search(scope, queries[0].question)  # what is read only once is read now
-            whole = await _answers(searcher, scope, queries, "with graph")
+            whole = await _answers(searcher, scope, queries, "with graph", floor)
             report: dict[str, Any] = {"embedder": embedder.model, "passages": len(texts), **figures(whole, gold)}
             report["latency_ms"] = _latency(whole)
-            report |= _not_named(whole, queries, gold)
+            report |= _not_named(whole, queries, gold) | {"nothing_found": _nothing(whole, gold, floor)}
             if ablation:
                 again = Searcher(CachedEmbedder(embedder, 2 * len(queries)), passages, graph)
                 report["ablation"] = {each: figures(await _answers(again, scope, queries, each), gold) for each in CONFIGURATIONS}
@@ -160,19 +171,21 @@ async def _evaluated(
     return report
 
 
-async def _answers(searcher: Searcher, scope: Scope, queries: Sequence[Query], configuration: str) -> list[Answer]:
+async def _answers(searcher: Searcher, scope: Scope, queries: Sequence[Query], configuration: str, floor: float = 0.0) -> list[Answer]:
     """Every question by itself, as in service, and timed."""
     answers = []
     with _progress() as progress:
         for query in progress.track(queries, description=configuration):
             started = time.perf_counter()
             found = await searcher.search(scope, query.question, max(_CUTS), finders=CONFIGURATIONS[configuration])
-            answers.append(Answer(tuple(source.passage.id for source in found), time.perf_counter() - started))
+            seconds = time.perf_counter() - started
+            answers.append(Answer(tuple(source.passage.id for source in found), seconds, relevance.related(found, floor)))
     return answers
 
 
 def figures(answers: Sequence[Answer], gold: Sequence[retrieval.Gold]) -> dict[str, Any]:
-    """Means over the questions, and the bootstrap interval of recall at 1 and 5."""
+    """Means over the questions that something answers, and the bootstrap interval of recall at 1 and 5."""
+    answers, gold = [answer for answer, each in zip(answers, gold, strict=True) if each], [each for each in gold if each]
     at = {k: [retrieval.recall(answer.found, each, k) for answer, each in zip(answers, gold, strict=True)] for k in _CUTS}
     gains = [retrieval.ndcg(answer.found, each) for answer, each in zip(answers, gold, strict=True)]
     chance = random.Random(0)  # noqa: S311  the same draws at each run
@@ -184,6 +197,18 @@ def figures(answers: Sequence[Answer], gold: Sequence[retrieval.Gold]) -> dict[s
 
 def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / max(1, len(values)), 4)
+
+
+def _nothing(answers: Sequence[Answer], gold: Sequence[retrieval.Gold], floor: float) -> dict[str, Any]:
+    """The share of questions that *floor* leaves without sources: of those that nothing answers, and wrongly, of the others.
+
+    Of these only those count for which something right was among the first five, so that there was something to lose.
+    """
+    rows = list(zip(answers, gold, strict=True))
+    without = [not answer.related for answer, each in rows if not each]
+    lost = [not answer.related for answer, each in rows if each and retrieval.recall(answer.found, each, 5)]
+    shares = {"unanswerable": _mean(without), "answerable": _mean(lost)}
+    return {"floor": floor, "n": {"unanswerable": len(without), "answerable": len(lost)}, **shares}
 
 
 def _latency(answers: Sequence[Answer]) -> dict[str, float]:
@@ -199,7 +224,7 @@ def _not_named(answers: Sequence[Answer], queries: Sequence[Query], gold: Sequen
 
 def _names_all(query: Query) -> bool:
     asked = f" {' '.join(bm25.words_of(query.question))} "
-    return all(any(f" {folded(name)} " in asked for name in names_of_title(title)) for title in query.gold_titles)
+    return all(any(f" {folded(name)} " in asked for name in names_of_title(title)) for title in query.right)
 
 
 @asynccontextmanager
@@ -283,3 +308,13 @@ def table(report: dict[str, Any]) -> Table:
         spans = (f"{row[f'recall@{k}_95'][0]:.3f}-{row[f'recall@{k}_95'][1]:.3f}" for k in (1, 5))
         shown.add_row(name, str(row["n"]), *(f"{row[f'recall@{k}']:.3f}" for k in _CUTS), f"{row['ndcg@10']:.3f}", *spans)
     return shown
+
+
+def nothing_told(shares: dict[str, Any]) -> str:
+    """How many questions go without sources, in one line."""
+    n, lines = shares["n"], []
+    if n["unanswerable"]:
+        lines.append(f"{100 * shares['unanswerable']:.1f} % of the {n['unanswerable']} that nothing answers")
+    if n["answerable"]:
+        lines.append(f"{100 * shares['answerable']:.1f} % of the {n['answerable']} for which something right is among the first 5")
+    return f"left without sources at relevance {shares['floor']:g}: {', '.join(lines) or 'nothing'}"

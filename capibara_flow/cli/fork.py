@@ -16,6 +16,8 @@ from capibara_flow.runtime.history import History
 from capibara_flow.settings import Settings
 from topics.message import DEADLINE, ORIGIN, PRINCIPAL, TENANT
 
+_SHOWN = 80  # characters of a value
+
 
 @dataclass(frozen=True)
 class Forked:
@@ -29,21 +31,25 @@ class Forked:
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for programs."""
-        return {"turn": self.turn, "origin": self.origin, "from": self.stage, "changed": dict(self.changes)}
+        changed = dict(self.changes)
+        if "source" in changed:  # the only key of which each one counts
+            changed["source"] = ",".join(value.strip() for key, value in self.changes if key == "source")
+        return {"turn": self.turn, "origin": self.origin, "from": self.stage, "changed": changed}
 
 
 async def fork(settings: Settings, turn: str, stage: Stage, wanted: Sequence[str]) -> Forked:
     """Ask *turn* again from *stage* on with what is *wanted*, each as ``KEY=VALUE``; raises ``TurnUnknown``, ``BadRequest`` and others."""
     changes = tuple(parse(each) for each in wanted)
-    names = stage == "caller" and any(key in {"expert", "model"} for key, _ in changes)
+    names = stage != "router" and any(key in {"expert", "model"} for key, _ in changes)
     fleet = settings.experts if names else None
     # Not by wiring, which would load the door and all its engines first.
     client = await connect(settings, "provisioner")
     try:
         record = await History(client).of(turn)
         fresh = new_turn(_owner(record))
-        messages = forked(record, fresh, stage, changes, fleet)
-        await publish(client, messages, _headers(record, time.time() + settings.edge.turn_seconds))
+        now = time.time()
+        messages = forked(record, fresh, stage, changes, fleet, until=now + settings.knowledge.seconds)
+        await publish(client, messages, _headers(record, now + settings.edge.turn_seconds))
     finally:
         await client.close()
     return Forked(fresh, turn, stage, record.tenant, changes)
@@ -63,9 +69,15 @@ def _headers(record: Record, deadline: float) -> dict[str, str]:
 def told(made: Forked, base: str) -> str:
     """What became of it, and how to read and to compare it; the edge is at *base*."""
     key = "" if made.tenant == ANONYMOUS else " -H 'Authorization: Bearer KEY'"
-    what = ", ".join(f"{key}={value}" for key, value in made.changes) or "nothing changed"
+    what = ", ".join(f"{key}={_shown(value)}" for key, value in made.changes) or "nothing changed"
     return (
         f"{made.origin} goes on from the {made.stage} as {made.turn}: {what}\n"
         f"  read it:     curl -N {base}/api/chat/{made.turn}/events{key}\n"
         f"  compare it:  capibara diff {made.origin} {made.turn}"
     )
+
+
+def _shown(value: str) -> str:
+    """*value* in a line, without what a terminal would obey."""
+    value = value if len(value) <= _SHOWN else value[: _SHOWN - 1] + "…"
+    return value if value.isprintable() else repr(value)

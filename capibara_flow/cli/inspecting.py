@@ -10,11 +10,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from capibara_flow.cli.options import State, TurnId, door, reached
+from capibara_flow.cli.options import State, TurnId, door, errors_exit, reached
 from capibara_flow.cli.state import DEFAULT_STATE, adopt, running
-from capibara_flow.errors import CapibaraError
+
+#: Of commands that compare, when something goes wrong: 1 says that something differs.
+_UNDECIDED = 2
 
 commands = typer.Typer()
 dead_app = typer.Typer(
@@ -137,12 +138,9 @@ def diff(
     from capibara_flow.cli import turns as kept
     from capibara_flow.domain.differences import decisive, differences
 
-    try:
+    with errors_exit(_UNDECIDED):
         adopt(state)
         before, after = asyncio.run(kept.records(reached("observer"), turn, other))
-    except CapibaraError as error:
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     found = differences(before, after)
     if as_json:
         typer.echo(json.dumps(kept.compared(before, after, found), indent=1))
@@ -157,7 +155,9 @@ def diff(
 @commands.command()
 def fork(
     turn: TurnId,
-    stage: Annotated[str, typer.Option("--from", metavar="STAGE", help="router or caller: it and what follows are done again.")] = "router",
+    stage: Annotated[
+        str, typer.Option("--from", metavar="STAGE", help="router, retriever or caller: it and what follows are done again.")
+    ] = "router",
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change this; may be repeated. An empty value leaves it to the expert."),
@@ -167,7 +167,8 @@ def fork(
 ) -> None:
     """Ask a turn again from one of its stages on, with something changed: a new turn, linked to the old one.
 
-    Keys: expert (or model), message (or prompt: the last one of the user), system, and all of sampling (temperature, max_tokens...).
+    Keys: expert (or model), message (or prompt: the last one of the user), system, and all of sampling (temperature, max_tokens...);
+    collection where sources are looked for (from router or retriever), source=-2 to leave the source with that number out (from caller).
     What was decided before that stage stays as it is, byte for byte. The new turn runs in the background until its deadline.
 
     Examples: `capibara fork TURN --set message="¿Y en Java?"`, `capibara fork TURN --from caller --set expert=phi --set temperature=0`.
@@ -184,7 +185,7 @@ def fork(
 
     chosen = next((each for each in STAGES if each == stage), None)
     if chosen is None:
-        raise typer.BadParameter(f"--from {stage}: a turn can be forked from {' or '.join(STAGES)}")
+        raise typer.BadParameter(f"--from {stage}: a turn can be forked from {', '.join(STAGES[:-1])} or {STAGES[-1]}")
     made = asyncio.run(forks.fork(settings, turn, chosen, changes or ()))
     base = here["url"] if here else door(settings)
     typer.echo(json.dumps(made.as_json(), ensure_ascii=False) if as_json else forks.told(made, base))
@@ -248,21 +249,29 @@ def rerun(  # noqa: PLR0917  typer passes options by name
         str, typer.Option(metavar="STAGES", help="Only these stages, between commas: router, retriever, caller.")
     ] = "router,retriever,caller",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many turns, the newest.")] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Look for sources anew, in the documents of the running installation, and tell which change.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     state: State = DEFAULT_STATE,
 ) -> None:
     """Play recorded turns with another configuration, on a broker of its own, and list the decisions that change; exit code 1 if any does.
 
     Engines are answered from the recordings: no model is asked. The same configuration gives 100 % the same, and exit code 0. Where nothing
-    could be played nothing is proved either: exit code 2.
+    could be played, or something went wrong, nothing is proved either: exit code 2.
 
-    Examples: `capibara rerun --since 1h`, `capibara rerun --since 1d --fleet new.toml --only router --json`.
+    Sources are those of the recordings, unless --search has them looked for anew: by the running retriever, with its settings of now.
+
+    Examples: `capibara rerun --since 1h`, `capibara rerun --since 1d --fleet new.toml --only router --json`,
+    `capibara rerun --since 1d --only router,retriever --search`.
     """
-    adopt(state)
-    settings = reached("observer")
-    from capibara_flow.cli import rerun as reruns
+    with errors_exit(_UNDECIDED):
+        adopt(state)
+        settings = reached("observer")
+        from capibara_flow.cli import rerun as reruns
 
-    done = reruns.rerun(settings, since, Console(stderr=True), fleet_file=fleet, only=reruns.stages(only), limit=limit)
+        stages = reruns.stages(only)
+        done = reruns.rerun(settings, since, Console(stderr=True), fleet_file=fleet, only=stages, limit=limit, search=search)
     if as_json:
         typer.echo(json.dumps(done.as_json(), ensure_ascii=False, indent=1))
     else:

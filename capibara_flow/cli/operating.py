@@ -64,7 +64,7 @@ def eval_retrieval(  # noqa: PLR0917  typer passes options by name
         Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help='JSON lines (or .gz): {"id", "text"}, and "title".')
     ],
     queries: Annotated[
-        Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help='{"question", "gold": id or ids}, or "gold_titles".')
+        Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help='{"question", "gold": id or ids (or [])} or "gold_titles".')
     ],
     collection: Annotated[str, typer.Option(help="Keep what is made of the corpus under this name, for the next time.")] = "",
     embedder: Annotated[
@@ -75,19 +75,22 @@ def eval_retrieval(  # noqa: PLR0917  typer passes options by name
 ) -> None:
     """Search for what answers labelled questions: recall, nDCG with intervals, and latency.
 
-    Vectors of passages are kept in the user's cache folder.
+    Questions that nothing in the corpus answers have "gold": []; it is told how many of them, and wrongly of the others, would be
+    left without sources (CAPIBARA_KNOWLEDGE__RELEVANCE). Vectors of passages are kept in the user's cache folder.
 
     Example: `capibara eval retrieval --corpus passages.jsonl --queries questions.jsonl --ablation`.
     """
     from capibara_flow import settings
     from capibara_flow.cli import evaluate_retrieval as evaluation
 
-    name = embedder or settings.load().knowledge.embedder
-    report = evaluation.evaluate(corpus, queries, name, collection=collection, ablation=ablation)
+    knowledge = settings.load().knowledge
+    name, floor = embedder or knowledge.embedder, knowledge.relevance
+    report = evaluation.evaluate(corpus, queries, name, collection=collection, ablation=ablation, floor=floor)
     if as_json:
         return typer.echo(json.dumps(report, ensure_ascii=False, indent=1))
     Console(width=None if sys.stdout.isatty() else 140).print(evaluation.table(report))
     latency = report["latency_ms"]
+    typer.echo(evaluation.nothing_told(report["nothing_found"]))
     return typer.echo(f"{report['passages']} passages, {report['embedder']}; a search: {latency['p50']} ms (p95 {latency['p95']} ms)")
 
 
@@ -173,6 +176,38 @@ def fleet_status(
         Console(width=None if sys.stdout.isatty() else fleet.PIPE_WIDTH).print(fleet.status(told))
     else:
         typer.echo("nobody reports: is a worker running?")
+
+
+@commands.command("usage")
+def usage_(
+    since: Annotated[str, typer.Option(metavar="WHEN", help="From then on: a day (2026-11-01, UTC), or so long ago (12h, 7d).")] = "7d",
+    until: Annotated[str | None, typer.Option(metavar="WHEN", help="Before then; now.")] = None,
+    tenant: Annotated[str | None, typer.Option(metavar="NAME", help="Only of this tenant.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    state: State = DEFAULT_STATE,
+) -> None:
+    """Show what experts did for tenants, day by day: answers, and the tokens that the clients were told of them.
+
+    Examples: `capibara usage`, `capibara usage --since 2026-11-01 --until 2026-12-01 --tenant acme`, `capibara usage --since 1d --json`.
+    """
+    adopt(state)
+    settings = reached("provisioner")
+    import asyncio
+
+    from capibara_flow.cli import usage
+    from capibara_flow.cli.dead import PIPE_WIDTH
+    from capibara_flow.edge.usage import told
+
+    asked, listing = asyncio.run(usage.read(settings, since, until, tenant))
+    if as_json:
+        return typer.echo(json.dumps(told(asked, listing), indent=1))
+    if listing.days:
+        Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(usage.table(listing))
+    else:
+        typer.echo("no answer came to its end in that time")
+    for note in usage.notes(listing):
+        typer.echo(note, err=True)
+    return None
 
 
 @commands.command("queue")

@@ -2,6 +2,8 @@
 
 # ruff: noqa: PLC0415  what a command needs is imported inside it: ``--help`` is to be quick
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +34,8 @@ def expected(error: Exception) -> str | None:
 
     if isinstance(error, CapibaraError | SettingsError | RAGError):
         return str(error)
+    if isinstance(error, BrokenPipeError):
+        return None  # nobody reads on (``| head``): the command line ends quietly then
     if isinstance(error, ConnectionError):
         return f"no connection ({error}): is it running? `capibara doctor` tells"
     if isinstance(error, BrokerError):
@@ -61,16 +65,22 @@ def door(settings: "Settings") -> str:
     return f"http://{host}:{settings.edge.port}"
 
 
+@contextmanager
+def errors_exit(code: int) -> Iterator[None]:
+    """An expected error in this block ends the command with a line on standard error and exit *code*."""
+    try:
+        yield
+    except Exception as error:
+        if (message := expected(error)) is None:
+            raise
+        Console(stderr=True).print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(code) from error
+
+
 class Group(TyperGroup):
     """Commands whose expected errors end with a line on standard error and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        try:
+        with errors_exit(1):
             return super().invoke(ctx)
-        except Exception as error:
-            message = expected(error)
-            if message is None:
-                raise
-            Console(stderr=True).print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from error

@@ -32,7 +32,7 @@ def table(found: list[Standing]) -> Table:
     """*found* for people."""
     shown = Table("expert", "tenant", box=None, pad_edge=False)
     for column in ("waiting", "at work", "oldest (s)", "served a minute", "would wait (s)"):
-        shown.add_column(column, justify="right", no_wrap=True)
+        shown.add_column(column, justify="right")
     for each in found:
         oldest, eta = ("" if value is None else f"{value:g}" for value in (each.oldest_s, each.eta_s))
         counts = (str(each.waiting), str(each.at_work), oldest, f"{each.served_a_minute:g}", eta)

@@ -1,5 +1,6 @@
 """``capibara ingest``, ``search`` and ``rag``: files and folders become documents, and what they say is found again."""
 
+import asyncio
 import json
 import os
 import threading
@@ -13,19 +14,22 @@ from socket import gaierror
 from time import sleep
 from typing import Any
 
+from nats.errors import NoRespondersError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from capibara_flow.cli import doctor
 from capibara_flow.cli.dead import PIPE_WIDTH, line, readable
 from capibara_flow.cli.state import running
-from capibara_flow.client import Ingested, RAGClient, RAGError
-from capibara_flow.domain.ingesting import Finding
-from capibara_flow.errors import CannotStart
+from capibara_flow.client import Ingested, RAGClient, RAGError, Searched
+from capibara_flow.domain.turns import ANONYMOUS
+from capibara_flow.errors import BrokerUnavailable, CannotStart
+from capibara_flow.runtime.dead import new_turn
+from capibara_flow.runtime.requests import replied
 from capibara_flow.settings import KnowledgeSettings, Settings
-from topics.grounding import DocumentFacts
-from topics.output import SourceShown
+from topics.grounding import Checked, CheckStores, DocumentFacts
 
 #: Files on their way at the same time, and how often one is brought that was not taken for want of room.
 _AT_ONCE, _TRIES = 4, 6
@@ -33,6 +37,7 @@ _AT_ONCE, _TRIES = 4, 6
 _DOCUMENTS = (".pdf", ".docx")
 _LOOK = 4096
 _SHOWN = 20  # reasons of one kind
+_CHECK_SECONDS = 600.0  # until an ingester's answer is given up, as long as the broker lets it reply
 
 
 @dataclass(frozen=True)
@@ -224,10 +229,10 @@ def in_words(summary: Summary) -> str:
 # --- what is there ---------------------------------------------------------------------------------------------------------
 
 
-def sources_told(sources: Sequence[SourceShown]) -> str:
-    """*sources* for people: number, score, title, where from, and the beginning of the text."""
-    blocks = []
-    for each in sources:
+def sources_told(found: Searched) -> str:
+    """What was *found*, for people: number, score, title, where from, and the beginning of the text of each source."""
+    blocks = [] if found.related or not found.sources else ["nothing related: a chat would not use these"]
+    for each in found.sources:
         where = " · ".join(part for part in (line(each.url), each.date) if part)
         blocks.append(f"[{each.n}] {each.score:.3f}  {line(each.title)}\n    {where}\n    {line(each.text, 300)}")
     return readable("\n".join(blocks)) or "nothing was found"
@@ -259,32 +264,45 @@ def stores(settings: Settings, state: Path) -> KnowledgeSettings:
     return knowledge
 
 
-async def check(knowledge: KnowledgeSettings, *, repair: bool) -> list[Finding]:
-    """Where the stores do not agree; with *repair* each of these is mended."""
+async def check(settings: Settings, state: Path, *, repair: bool) -> Checked:
+    """Where the stores do not agree; with *repair* each of these is mended.
+
+    The ingester that is at work is asked, for it knows what it is working on; where there is none, the stores are opened here. Raises
+    ``Refused`` with the ingester's words, and what opening the stores raises.
+    """
+    if doctor.broker(settings).verdict == "ok" and not await asyncio.to_thread(doctor.refused, settings, "provisioner"):
+        try:
+            return await _asked(settings, repair=repair)
+        except BrokerUnavailable as error:
+            if not isinstance(error.__cause__, NoRespondersError):
+                raise
+    from capibara_flow.runtime.ingesting import disagreement  # noqa: PLC0415  loads what it needs
     from capibara_flow.wiring.knowledge import library  # noqa: PLC0415  loads what it needs
 
-    async with library(knowledge) as here:
-        ingester = (await here.opened()).ingester
-        findings = await ingester.check()
-        for each in findings if repair else ():
-            await ingester.repair(each)
-        return findings
+    async with library(stores(settings, state)) as here:
+        return Checked(findings=tuple(map(disagreement, await here.check(repair))))
 
 
-def findings_told(findings: Sequence[Finding], *, repaired: bool) -> str:
-    """*findings* for people."""
-    words = {"remove": "removed: bring it again", "relink": "its links were made again", "rewrite": "its passages were written again"}
+async def _asked(settings: Settings, *, repair: bool) -> Checked:
+    """What an ingester says."""
+    from capibara_flow import wiring  # noqa: PLC0415  loads every engine
+
+    asked = CheckStores(turn=new_turn(ANONYMOUS), repair=repair)
+    async with wiring.connected(settings, "provisioner") as client:
+        late = "the ingester is still at it: ask again later, for what it mends it mends to the end"
+        return await replied(client, asked, Checked, seconds=_CHECK_SECONDS, nobody="no ingester is there", late=late)
+
+
+def findings_told(checked: Checked, *, repaired: bool) -> str:
+    """What was found, for people."""
+    words = {"remove": "removed: bring it again", "relink": "its links were made again", "trim": "the rest was taken out"}
     lines = []
-    for each in findings:
-        done = words[each.repair] if repaired else f"--repair would {each.repair} it"
-        lines.append(f"{each.scope.tenant}/{each.scope.collection} {each.document} {line(each.address)}: {line(each.why)} ({done})")
+    for each in checked.findings:
+        done = words.get(each.repair, "mended") if repaired else f"--repair would {each.repair} it"
+        where = f"{line(each.tenant)}/{line(each.collection)} {line(each.document)} {line(each.address)}"
+        lines.append(f"{where}: {line(each.why)} ({done})")
+    lines += [f"and {checked.more} more"] * bool(checked.more)
     return readable("\n".join(lines)) or "all stores agree"
-
-
-def finding_row(finding: Finding) -> dict[str, str]:
-    """*finding* for programs."""
-    where = {"tenant": finding.scope.tenant, "collection": finding.scope.collection}
-    return {**where, "document": finding.document, "address": finding.address, "why": finding.why, "repair": finding.repair}
 
 
 async def reembed(knowledge: KnowledgeSettings, console: Console) -> int:

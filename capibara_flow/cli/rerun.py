@@ -3,8 +3,9 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,29 @@ from capibara_flow import telemetry
 from capibara_flow.cli.capsules import configured
 from capibara_flow.cli.dead import PIPE_WIDTH, line
 from capibara_flow.domain.capsule import changes
-from capibara_flow.domain.differences import Difference
+from capibara_flow.domain.differences import Difference, called
 from capibara_flow.domain.fleet import Fleet
+from capibara_flow.domain.forking import STAGES
 from capibara_flow.domain.record import Record
 from capibara_flow.domain.recording import recorded
+from capibara_flow.domain.turns import ANONYMOUS
 from capibara_flow.edge.turns import ago
 from capibara_flow.errors import BadRequest, TurnUnknown
 from capibara_flow.runtime.connection import connect
+from capibara_flow.runtime.dead import new_turn
 from capibara_flow.runtime.history import History
+from capibara_flow.runtime.requests import replied
 from capibara_flow.settings import Settings
-from capibara_flow.wiring.laboratory import Laboratory, Setup, laboratory, own_broker
+from capibara_flow.wiring.knowledge import written
+from capibara_flow.wiring.laboratory import Laboratory, Setup, Shelves, laboratory, own_broker
+from topics.grounding import Found, SearchKnowledge
+from topics.knowledge import Scope, Source
 
-__all__ = ["PIPE_WIDTH", "STAGES", "Changed", "Rerun", "rerun", "stages", "table", "told"]
+__all__ = ["PIPE_WIDTH", "Changed", "Rerun", "rerun", "stages", "table", "told"]
 
-STAGES = ("router", "retriever", "caller")
 _WORDS = 60  # characters of a question in the table
+_SEARCH_SECONDS = 30.0  # until an answer to a search is given up; the first may have to open the stores
+_NOBODY = "--search: nobody is there who can search: start a retriever"
 
 
 @dataclass(frozen=True)
@@ -75,26 +84,43 @@ def stages(text: str) -> frozenset[str]:
     return names or frozenset(STAGES)
 
 
-def rerun(settings: Settings, since: str, console: Console, *, fleet_file: Path | None, only: frozenset[str], limit: int | None) -> Rerun:
+def rerun(
+    settings: Settings,
+    since: str,
+    console: Console,
+    *,
+    fleet_file: Path | None,
+    only: frozenset[str],
+    limit: int | None,
+    search: bool = False,
+) -> Rerun:
     """Play the turns of the time *since* with the fleet in *fleet_file*, or the one of *settings*; *console* shows how far that is.
 
-    At most *limit* turns are played, the newest, and of each the stages that are in *only*.
+    At most *limit* turns are played, the newest, and of each the stages that are in *only*. With *search* sources are looked for anew where
+    *settings* lead to, which says nothing of an answer that rested on others. Raises ``BadRequest`` and ``BrokerUnavailable``.
     """
+    if search and "caller" in only:
+        raise BadRequest("--search: recorded answers say nothing about other sources: give --only router,retriever as well")
+    if search and "retriever" not in only:
+        raise BadRequest("--search: sources are the retriever's: give --only router,retriever as well")
     telemetry.configure(level="critical", style="console")
     begin = ago(since, time.time())
     fleet, routes = configured(fleet_file or settings.fleet_file)
     with console.status("reading turns"):
-        records, skipped = asyncio.run(_records(settings, begin, limit, fleet))
+        records, skipped = asyncio.run(_records(settings, begin, limit, fleet, called_only=only == {"caller"}))
     if not records:
         return Rerun(skipped=skipped)
     with own_broker() as own:
-        done = asyncio.run(_played(own, records, Setup(fleet, routes, settings.router.embedder), only, console))
+        setup = Setup(fleet, routes, settings.router.embedder)
+        done = asyncio.run(_played(own, records, setup, only, console, searched=settings if search else None))
     done.skipped = skipped
     return done
 
 
-async def _records(settings: Settings, since: float, limit: int | None, fleet: Fleet) -> tuple[list[Record], dict[str, str]]:
-    """The newest turns that can be played, at most *limit*, and why others cannot."""
+async def _records(
+    settings: Settings, since: float, limit: int | None, fleet: Fleet, *, called_only: bool
+) -> tuple[list[Record], dict[str, str]]:
+    """The newest turns that can be played, at most *limit*, and why others cannot; if so, those alone in which an expert was called."""
     found: list[Record] = []
     skipped: dict[str, str] = {}
     client = await connect(settings, "observer")
@@ -105,7 +131,7 @@ async def _records(settings: Settings, since: float, limit: int | None, fleet: F
                 break
             try:
                 record = await history.of(entry.turn)
-                recorded(record, fleet)
+                _check(record, fleet, called_only=called_only)
                 found.append(record)
             except (BadRequest, TurnUnknown) as error:
                 skipped[entry.turn] = str(error)
@@ -114,11 +140,24 @@ async def _records(settings: Settings, since: float, limit: int | None, fleet: F
     return found[::-1], skipped
 
 
-async def _played(settings: Settings, records: Sequence[Record], setup: Setup, only: frozenset[str], console: Console) -> Rerun:
+def _check(record: Record, fleet: Fleet, *, called_only: bool) -> None:
+    """Raise ``BadRequest`` unless *record* can be played; where only calls are, it needs one."""
+    recorded(record, fleet)
+    if called_only and not called(record):
+        raise BadRequest(f"{record.turn} never came to an expert")
+
+
+async def _played(
+    own: Settings, records: Sequence[Record], setup: Setup, only: frozenset[str], console: Console, *, searched: Settings | None
+) -> Rerun:
+    """Play *records* on the broker of *own*; sources are looked for where *searched* leads to, if that is wanted."""
     done = Rerun()
     # What a retriever is asked comes from the router.
     wanted = {"router": bool(only & {"router", "retriever"}), "retriever": "retriever" in only, "caller": "caller" in only}
-    async with laboratory(settings, setup, **wanted) as place, _bar(console, len(records)) as bar:
+    async with AsyncExitStack() as stack:
+        shelves = await stack.enter_async_context(_shelves(searched)) if searched else None
+        place = await stack.enter_async_context(laboratory(own, setup, **wanted, shelves=shelves))
+        bar = await stack.enter_async_context(_bar(console, len(records)))
 
         async def one(record: Record) -> None:
             await _one(place, record, setup.fleet, only, done)
@@ -131,11 +170,28 @@ async def _played(settings: Settings, records: Sequence[Record], setup: Setup, o
     return done
 
 
+@asynccontextmanager
+async def _shelves(settings: Settings) -> AsyncIterator[Shelves]:
+    """The documents of the installation of *settings*, which its retriever searches as it is configured now."""
+    client = await connect(settings, "provisioner")
+
+    async def search(scope: Scope, query: str, limit: int) -> Sequence[Source]:
+        asked = SearchKnowledge(turn=new_turn(scope.tenant), tenant=scope.tenant, collection=scope.collection, query=query, limit=limit)
+        return (await replied(client, asked, Found, seconds=_SEARCH_SECONDS, nobody=_NOBODY)).sources
+
+    try:
+        await search(Scope(ANONYMOUS), "?", 1)  # one who cannot search would seem to find nothing
+        yield Shelves(search, partial(written, settings.knowledge), settings.knowledge.sources)
+    finally:
+        await client.close()
+
+
 async def _one(place: Laboratory, record: Record, fleet: Fleet, only: frozenset[str], done: Rerun) -> None:
     recording = recorded(record, fleet)
     again = await place.play(recording, record)
-    whole = recording.stage == "router"
-    wanted = {"router": whole and "router" in only, "retriever": whole and "retriever" in only, "caller": "caller" in only}
+    # A fork has nothing to say of the stages that it left out.
+    played = STAGES[STAGES.index(recording.stage) :]
+    wanted = {stage: stage in only and stage in played for stage in STAGES}
     found = changes(record, again, **wanted)
     done.played += 1
     if found:

@@ -2,11 +2,22 @@
 
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 DEFAULT_STATE = Path(".capibara")
 FILE = "running.json"
+#: Settings that are secret, or hold secrets: no other command needs those of a running ``up``.
+_SECRET = re.compile(
+    r"CAPIBARA_(AUTH__KEYS|NATS__PASSWORDS|NATS__STORE_KEY|KNOWLEDGE__(POSTGRES|MILVUS_TOKEN|NEBULA_PASSWORD))", re.IGNORECASE
+)
+
+
+def told_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """Those settings of *environment* that other commands must know to see things as ``up`` does; without secrets."""
+    return {name: value for name, value in environment.items() if name.upper().startswith("CAPIBARA_") and not _SECRET.match(name)}
 
 
 def running(state: Path) -> dict[str, Any] | None:

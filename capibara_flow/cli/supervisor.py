@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from capibara_flow.cli.children import STEADY_SECONDS, Child, back_off, ending
 from capibara_flow.errors import CannotStart
-from capibara_flow.runtime.embedded import EmbeddedBroker, last_lines
+from capibara_flow.processes.logs import last_lines
+from capibara_flow.runtime.embedded import EmbeddedBroker
 
 TICK_SECONDS = 0.1
 

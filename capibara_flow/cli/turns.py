@@ -31,8 +31,10 @@ from capibara_flow.settings import Settings
 from topics.output import Reset, Token
 
 _BAR = 32  # characters of a bar of time; half of it on a small screen
-_WIDE = 130  # columns that a whole list takes
-_SPARED = frozenset({"tenant", "route"})
+_CELLS = ("turn", "when", "tenant", "question", "route", "expert", "outcome", "seconds", "tokens")
+#: What is left out of a list on a screen of fewer columns.
+_SPARED = {150: frozenset({"tenant", "route"}), 110: frozenset({"when", "tokens"}), 84: frozenset({"seconds"}), 66: frozenset({"expert"})}
+_WORDS = 10  # characters of a question that are always shown
 _EVERY = 1_000_000  # turns: an operator may look at all of them
 _STYLES = {
     "door": "bright_black",
@@ -75,29 +77,27 @@ async def records(settings: Settings, *turns: str) -> list[Record]:
 
 
 def table(turns: Sequence[Summary], width: int = PIPE_WIDTH) -> Table:
-    """A row for each turn; on a screen that is not *width* enough for all of it, without tenants and routes."""
-    whole = width >= _WIDE
-    names = ("turn", "when", "tenant", "question", "route", "expert", "outcome", "seconds", "tokens")
-    shown = Table(*(name for name in names if whole or name not in _SPARED), box=None, pad_edge=False)
+    """A row for each turn; a screen that is not *width* enough has fewer columns, and shorter questions."""
+    spared = frozenset[str]().union(*(names for columns, names in _SPARED.items() if width < columns))
+    rows = [{name: line(cell) for name, cell in _cells(each, whole=not spared).items() if name not in spared} for each in turns]
+    names = [name for name in _CELLS if name not in spared]
+    taken = sum(max([len(name), *(len(row[name]) for row in rows)]) + 2 for name in names if name != "question")
+    shown = Table(*names, box=None, pad_edge=False)
     for column in shown.columns:
         column.no_wrap = True
         column.justify = "right" if column.header in {"seconds", "tokens"} else "left"
     shown.columns[0].min_width = LENGTH
-    for each in turns:
-        when = moment(each.when) if whole else moment(each.when)[5:16].replace("T", " ")
-        cells = (
-            each.turn,
-            when,
-            each.tenant,
-            each.question,
-            each.route,
-            each.expert,
-            each.outcome,
-            f"{each.seconds:.2f}",
-            str(each.tokens),
-        )
-        shown.add_row(*(escape(line(cell)) for name, cell in zip(names, cells, strict=True) if whole or name not in _SPARED))
+    for row in rows:
+        row["question"] = line(row["question"], max(_WORDS, width - taken))
+        shown.add_row(*map(escape, row.values()))
     return shown
+
+
+def _cells(turn: Summary, *, whole: bool) -> dict[str, str]:
+    """The columns of *turn*; its time with year and seconds if there is room for a *whole* row."""
+    when = moment(turn.when) if whole else moment(turn.when)[5:16].replace("T", " ")
+    told = (turn.question, turn.route, turn.expert, turn.outcome, f"{turn.seconds:.2f}", str(turn.tokens))
+    return dict(zip(_CELLS, (turn.turn, when, turn.tenant, *told), strict=True))
 
 
 def nothing(settings: Settings) -> str:

@@ -33,7 +33,7 @@ WORKERS_GRACE_SECONDS = 2.0
 KNOWLEDGE_VARIABLE = "CAPIBARA_KNOWLEDGE__FOLDER"
 ROLES = {
     "streams": ("provisioner",),
-    "workers": ("router", "caller", "retriever", "ingester", "undertaker"),
+    "workers": ("router", "caller", "retriever", "ingester", "undertaker", "accountant"),
     "edge": ("edge",),
     "engine": (),
 }
@@ -93,10 +93,14 @@ class Run:
             say(broker.url)
         engine = self._start_engine(*model) if model else None
         fleet = self._fleet_file()
-        self.environment = broker.environment() | {
-            "CAPIBARA_FLEET__FILE": str(fleet.absolute()),
-            "CAPIBARA_LOG__LEVEL": self.wish.log_level,
-        }
+        self.environment = (
+            state.told_on(os.environ)
+            | broker.environment()
+            | {
+                "CAPIBARA_FLEET__FILE": str(fleet.absolute()),
+                "CAPIBARA_LOG__LEVEL": self.wish.log_level,
+            }
+        )
         if importlib.util.find_spec("pymilvus") and not os.environ.get(KNOWLEDGE_VARIABLE):
             self.environment[KNOWLEDGE_VARIABLE] = str((self.wish.state / "knowledge").absolute())
         with self.step("streams") as say:

@@ -10,16 +10,19 @@ from difflib import SequenceMatcher
 from typing import Any, Literal
 
 from capibara_flow.domain.collecting import Collected
-from capibara_flow.domain.record import Record
-from topics.output import Routed, Usage
+from capibara_flow.domain.record import Record, Told
+from topics.chat import CallExpert
+from topics.grounding import SourcesRetrieved
+from topics.output import Done, Routed, Usage
 
-Where = Literal["request", "decision", "plan", "sources", "expert", "sampling", "attempts", "outcome", "usage", "text"]
+Where = Literal["request", "decision", "plan", "sources", "expert", "call", "sampling", "attempts", "outcome", "usage", "text"]
 #: Where a difference is one of decisions: the others follow from chance, or from these.
 DECISIONS: frozenset[str] = frozenset({"decision", "plan", "sources", "expert"})
 
 _PARTS: tuple[Literal["same", "gap"], ...] = ("same", "gap", "same")
 _CONTEXT = 6  # words beside a change
 _MOST_WORDS = 4000  # beyond it, whole lines are compared
+_DIGITS = 12  # of a passage's id, which are enough to tell it from others
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,16 @@ class Difference:
 
 
 def differences(one: Record, other: Record) -> tuple[Difference, ...]:
-    """Everything in which *other* is not as *one*, in the order of the stages."""
+    """Everything in which *other* is not as *one*, in the order of the stages.
+
+    What the expert was asked is told where that is not what the client had asked for: a fork may have changed it behind the router.
+    """
     before, after = _facets(one), _facets(other)
-    return tuple(found for where in before for found in _compared(where, before[where], after[where]))
+    if not (before["call"] and after["call"]):  # nothing was called, or the log does not tell
+        before["call"] = after["call"] = {}
+    found = [each for where in before for each in _compared(where, before[where], after[where])]
+    asked = {(each.what, each.before, each.after) for each in found if each.where == "request"}
+    return tuple(each for each in found if each.where != "call" or (each.what, each.before, each.after) not in asked)
 
 
 def decisive(found: tuple[Difference, ...]) -> bool:
@@ -56,22 +66,24 @@ def _facets(record: Record) -> dict[Where, dict[str, Any]]:
     """What is compared, as flat fields by stage."""
     request = record.asked.request.model_dump(mode="json", exclude_none=True) if record.asked else {}
     decision, plan = _decided(record)
-    last = record.calls[-1].message if record.calls else None
+    calls = called(record)
+    last = calls[-1].message if calls else None
     answer = Collected()
     for _, output in record.said():
         answer.add(output)
-    calls = [call.model_dump(mode="json") for call in answer.tool_calls]
+    tools = [call.model_dump(mode="json") for call in answer.tool_calls]
     return {
         "request": _flat(request),
         "decision": decision,
         "plan": plan,
-        "sources": {"passages": [source.passage.id for source in last.sources]} if last and last.sources else {},
-        "expert": {"asked": [each.message.request.model or each.message.expert for each in record.calls], "answered": record.expert},
+        "sources": _sources(record, last) if last else {},
+        "expert": {"asked": [each.message.request.model or each.message.expert for each in calls], "answered": record.expert},
+        "call": _flat(last.request.model_dump(mode="json", exclude_none=True, exclude={"model", "sampling"})) if last else {},
         "sampling": last.request.sampling.model_dump(mode="json", exclude_defaults=True) if last else {},
         "attempts": _attempts(record),
         "outcome": {"outcome": record.outcome, **_failure(record)},
         "usage": _usage(record),
-        "text": {"text": answer.text, "reasoning": answer.reasoning, **_flat({"tool_calls": calls})},
+        "text": {"text": answer.text, "reasoning": answer.reasoning, **_flat({"tool_calls": tools})},
     }
 
 
@@ -84,6 +96,21 @@ def _decided(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
     if shown is None:
         return {}, {}
     return shown.model_dump(exclude={"turn", "event", "plan"}), {"steps": list(shown.plan)}
+
+
+def called(record: Record) -> list[Told[CallExpert]]:
+    """What experts were asked; a call that came when the turn had been stopped was asked of nobody."""
+    stopped = next(
+        (entry.when for entry, output in record.said() if isinstance(output, Done) and output.finish_reason == "cancelled"), None
+    )
+    return [each for each in record.calls if stopped is None or each.entry.when <= stopped]
+
+
+def _sources(record: Record, call: CallExpert) -> dict[str, Any]:
+    """What *call* rests on, by title and id, and what stood in the way of more."""
+    named = [" ".join(filter(None, (each.passage.title, each.passage.id[:_DIGITS]))) for each in call.sources]
+    problem = next((each.message.problem for each in record.of(SourcesRetrieved)), "")
+    return {"passages": named or None, "problem": problem or None}
 
 
 def _attempts(record: Record) -> dict[str, Any]:

@@ -9,25 +9,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from capibara_flow.domain.fleet import Expert, Fleet
 from capibara_flow.domain.record import Entry, Record
 from capibara_flow.domain.routing import lacks
 from capibara_flow.errors import BadRequest, UnknownExpert
 from topics.chat import CallExpert, ChatMessage, ChatRequest, ContentPart, Sampling, TextPart
+from topics.grounding import RetrieveSources
+from topics.knowledge import DEFAULT_COLLECTION, Collection
 from topics.message import Command
 from topics.output import Routed, known
 from topics.streams import subject_token
 
-Stage = Literal["router", "caller"]
-STAGES: tuple[Stage, ...] = ("router", "caller")
+Stage = Literal["router", "retriever", "caller"]
+STAGES: tuple[Stage, ...] = ("router", "retriever", "caller")
+#: What comes of each stage and of those behind it, as it stands in subjects of the log; what nobody knows here came before.
+_FOLLOWING = {stage: frozenset({*STAGES[number:], "call"}) for number, stage in enumerate(STAGES)}
 #: The header of a message that was not made for its turn but copied from another one, whose id it holds.
 COPIED = "Cf-Copied"
 #: What can be changed, beside the fields of ``Sampling``.
-KEYS = ("expert", "model", "message", "prompt", "system", "source")
+KEYS = ("expert", "model", "message", "prompt", "system", "collection", "source")
 
 
+#: The worker that finds sources, as a part of its step.
+RETRIEVER: Stage = "retriever"
+_COLLECTION: TypeAdapter[str] = TypeAdapter(Collection)
 _DROPPED = re.compile(r"-[0-9]{1,4}")
 
 
@@ -53,6 +60,10 @@ def parse(text: str) -> tuple[str, str]:
         )
     if key == "source" and not _DROPPED.fullmatch(value.strip()):
         raise BadRequest(f"{text!r}: source=-2 leaves the source with the number 2 out; none can be put in")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRequest(f"{key}: what is no text (UTF-8) cannot be sent: {value[:20]!r}") from error
     return key, value
 
 
@@ -67,6 +78,8 @@ def changed(request: ChatRequest, changes: Sequence[tuple[str, str]]) -> ChatReq
                 messages = _asking(messages, value)
             case "system":
                 messages = _told(messages, value)
+            case "collection":
+                request = request.model_copy(update={"collection": _collection(value)})
             case "source":
                 continue
             case _:
@@ -79,39 +92,49 @@ def changed(request: ChatRequest, changes: Sequence[tuple[str, str]]) -> ChatReq
         raise BadRequest(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
 
 
-def forked(record: Record, turn: str, stage: Stage, changes: Sequence[tuple[str, str]], fleet: Fleet | None = None) -> tuple[Sent, ...]:
+def forked(
+    record: Record,
+    turn: str,
+    stage: Stage,
+    changes: Sequence[tuple[str, str]],
+    fleet: Fleet | None = None,
+    *,
+    until: float = 0.0,
+) -> tuple[Sent, ...]:
     """What makes the new *turn* of what is kept in *record*, asked anew from *stage* on; the last message begins the work.
 
-    What was said before *stage* is copied byte for byte, but for the turn's id. A new expert at the caller is looked up in *fleet*.
-    Raises ``BadRequest`` and ``UnknownExpert``.
+    What was said before *stage* is copied byte for byte, but for the turn's id. A new expert behind the router is looked up in *fleet*.
+    A retriever looks for sources *until* then (seconds since the epoch). Raises ``BadRequest`` and ``UnknownExpert``.
     """
     if record.asked is None:
         raise BadRequest(f"the question of {record.turn} is not kept: only what the log has can be forked (CAPIBARA_LOG__ENABLED)")
+    _refuse_elsewhere(stage, {key for key, _ in changes})
     if stage == "router":
-        if any(key == "source" for key, _ in changes):
-            raise BadRequest("sources are looked for behind the router: drop one with --from caller")
         request = changed(record.asked.request, changes)
         return (_command(record.asked.model_copy(update={"turn": turn, "request": request})),)
-    if not record.calls:
-        raise BadRequest(f"{record.turn} never came to an expert: fork it from the router")
-    return (*copies(record, turn), _command(_call(record.calls[0].message, turn, changes, fleet)))
+    begin = _retrieval(record, turn, changes, fleet, until) if stage == "retriever" else _call(_called(record), turn, changes, fleet)
+    return (*copies(record, turn, stage), _command(begin))
 
 
-def begun(record: Record, stage: Stage) -> tuple[Sent, ...]:
-    """What lets the turn of *record* itself begin anew at *stage*, elsewhere; raises ``BadRequest``."""
-    return forked(record, record.turn, stage, ())
+def begun(record: Record, stage: Stage, *, until: float = 0.0) -> tuple[Sent, ...]:
+    """What lets the turn of *record* itself begin anew at *stage*, elsewhere; see ``forked`` for *until*. Raises ``BadRequest``."""
+    return forked(record, record.turn, stage, (), until=until)
 
 
 def begins_at(record: Record) -> Stage:
-    """Where the turn of *record* began: a fork may have left the router out."""
-    copied = any(COPIED in entry.headers for entry in record.entries)
-    return "caller" if record.calls and copied else "router"
+    """Where the turn of *record* began: a fork may have left out the router, or the retriever as well."""
+    if not any(COPIED in entry.headers for entry in record.entries):
+        return "router"
+    if any(COPIED not in each.entry.headers for each in record.of(RetrieveSources)):
+        return "retriever"
+    return "caller" if record.calls else "router"
 
 
-def copies(record: Record, turn: str) -> tuple[Sent, ...]:
-    """Everything that was said of the turn of *record* before an expert was called, as things said of *turn*."""
-    found = [_copied(record, turn, entry, number) for number, entry in enumerate(filter(_is_upstream, record.entries))]
-    lines = [line for entry in record.branch() for line in entry.data.split(b"\n") if _opens(line)]
+def copies(record: Record, turn: str, stage: Stage = "caller") -> tuple[Sent, ...]:
+    """Everything that was said of the turn of *record* before *stage* had it, as things said of *turn*."""
+    upstream = (entry for entry in record.entries if _is_upstream(entry, stage))
+    found = [_copied(record, turn, entry, number) for number, entry in enumerate(upstream)]
+    lines = [line for entry in record.branch() for line in entry.data.split(b"\n") if _opens(line, stage)]
     if not lines and record.routed:
         lines = [Routed.of(record.turn, record.routed.decision, record.routed.plan).line()]
     mark = {COPIED: record.turn}
@@ -134,15 +157,24 @@ def _copied(record: Record, turn: str, entry: Entry, number: int) -> Sent:
     return Sent(subject, renamed(entry.data, record.turn, turn), f"{turn}:copied:{number}", {COPIED: record.turn})
 
 
-def _is_upstream(entry: Entry) -> bool:
-    """Whether *entry* is a fact of a stage before the caller."""
+def _is_upstream(entry: Entry, stage: Stage) -> bool:
+    """Whether *entry* is a fact, or a command, of a stage before *stage*."""
     kind, _, *rest = entry.subject.split(".")[1:]
-    return kind == "log" and rest[0] != "caller" and rest[:2] != ["asked", "call"]
+    return kind == "log" and rest[1 if rest[0] == "asked" else 0] not in _FOLLOWING[stage]
 
 
-def _opens(line: bytes) -> bool:
+def _opens(line: bytes, stage: Stage) -> bool:
+    """Whether *line* was told before *stage*, and before any answer."""
     output = known(line)
-    return output is not None and output.opening
+    return output is not None and output.opening and (stage == "caller" or isinstance(output, Routed))
+
+
+def _refuse_elsewhere(stage: Stage, keys: set[str]) -> None:
+    """Raise ``BadRequest`` when one of *keys* would change nothing from *stage* on."""
+    if "source" in keys and stage != "caller":
+        raise BadRequest(f"sources are looked for behind the {stage}'s beginning: drop one with --from caller")
+    if "collection" in keys and stage == "caller":
+        raise BadRequest("collection: the sources have been found by then; change it with --from retriever")
 
 
 def _command(command: Command) -> Sent:
@@ -152,6 +184,26 @@ def _command(command: Command) -> Sent:
         command.dedupe,
         call=command if isinstance(command, CallExpert) else None,
     )
+
+
+def _called(record: Record) -> CallExpert:
+    """What the first expert was asked; raises ``BadRequest`` when none was."""
+    if not record.calls:
+        raise BadRequest(f"{record.turn} never came to an expert: fork it from the router")
+    return record.calls[0].message
+
+
+def _retrieval(record: Record, turn: str, changes: Sequence[tuple[str, str]], fleet: Fleet | None, until: float) -> RetrieveSources:
+    """What lets sources be found anew; whatever other parts of that step gave to the call stays. Raises ``BadRequest``."""
+    found = record.of(RetrieveSources)
+    if not found:
+        raise BadRequest(f"no sources were looked for in {record.turn}: fork it from the router")
+    asked = found[0].message
+    call = record.calls[0].message if record.calls else asked.call
+    plain = call.model_copy(update={"sources": asked.call.sources, "context": asked.call.context})
+    collection = next((_collection(value) for key, value in reversed(changes) if key == "collection"), asked.collection)
+    fields = {"turn": turn, "call": _call(plain, turn, changes, fleet), "collection": collection, "parts": (RETRIEVER,), "until": until}
+    return asked.model_copy(update=fields)
 
 
 def _call(call: CallExpert, turn: str, changes: Sequence[tuple[str, str]], fleet: Fleet | None) -> CallExpert:
@@ -181,9 +233,11 @@ def _sources(call: CallExpert, changes: Sequence[tuple[str, str]]) -> dict[str, 
 
 def _found(request: ChatRequest, fleet: Fleet | None) -> Expert:
     """The expert that *request* names, and that can take it."""
+    if request.model is None:
+        raise BadRequest("expert: one must be named here; only a fork from the router leaves that to the router")
     if fleet is None:
         raise BadRequest("no fleet is known here, so the expert cannot be looked up: set CAPIBARA_FLEET__FILE, or fork from the router")
-    if (expert := fleet.find(request.model or "")) is None:
+    if (expert := fleet.find(request.model)) is None:
         raise UnknownExpert(f"no expert is called {request.model!r}; there are: {', '.join(each.name for each in fleet.active)}")
     if lacking := lacks(request, expert):
         raise BadRequest(f"{expert.name} does not take {' and '.join(lacking)}")
@@ -196,6 +250,8 @@ def _asking(messages: tuple[ChatMessage, ...], words: str) -> tuple[ChatMessage,
     if place is None:
         raise BadRequest("message: the turn has no message of a user that could be changed")
     before = messages[place]
+    if not (words.strip() or before.has_image):
+        raise BadRequest("message: it is empty, and something must be asked")
     content: str | tuple[ContentPart, ...] = words
     if before.has_image and not isinstance(before.content, str):
         content = (TextPart(text=words), *(part for part in before.content or () if not isinstance(part, TextPart)))
@@ -208,6 +264,14 @@ def _told(messages: tuple[ChatMessage, ...], words: str) -> tuple[ChatMessage, .
     if not words and not others:
         raise BadRequest("system: it is all that was said, and something must be")
     return (ChatMessage(role="system", content=words), *others) if words else others
+
+
+def _collection(text: str) -> str:
+    """The name of a collection; empty: the one that everybody has."""
+    try:
+        return _COLLECTION.validate_python(text.strip() or DEFAULT_COLLECTION)
+    except ValidationError as error:
+        raise BadRequest(f"collection: {error.errors()[0]['msg']}") from error
 
 
 def _value(key: str, text: str) -> Any:

@@ -15,7 +15,7 @@ from capibara_flow.domain.forking import Stage, begins_at
 from capibara_flow.domain.record import Record, Told
 from capibara_flow.domain.routing import Understood, needs_reading
 from capibara_flow.errors import BadRequest, CapibaraError, EngineBroke, EngineFault
-from topics.chat import EXPIRED, CallExpert, CancelTurn, Complexity, ExpertCalled
+from topics.chat import EXPIRED, PASSED_ON, CallExpert, CancelTurn, Complexity, ExpertCalled
 from topics.message import Part
 from topics.output import Continued, Done, Failed, Loading, Output, Reset, Token, ToolCalled, Usage, Waiting
 
@@ -24,7 +24,6 @@ from topics.output import Continued, Done, Failed, Loading, Output, Reset, Token
 Ending = Literal["finished", "failed", "stopped", "late", "lost"]
 _MOST_SILENT = 500  # attempts that left no trace: more are not believed
 _VOTE = "; a consensus of "  # what the router adds to a reading's reasons
-_PASSED_ON = "passed on: "
 
 
 class Fragment(Part):
@@ -269,7 +268,7 @@ class _Walk:
                 self._failed(failed)
 
     def _passed_on(self, fact: ExpertCalled | None) -> None:
-        title = fact.outcome.removeprefix(_PASSED_ON) if fact else EngineBroke("").title
+        title = fact.outcome.removeprefix(PASSED_ON) if fact else EngineBroke("").title
         if self._hidden_just_told:
             self.takes[-1] = self.takes[-1].model_copy(update={"title": title})
         elif fact and (self._begun or len(self.takes) < fact.attempt - self._call.passed):

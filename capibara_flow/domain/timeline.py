@@ -4,6 +4,7 @@ Places on the line are the broker's (when a message was stored), lengths are the
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -185,7 +186,9 @@ def _leases(record: Record, branch: str) -> list[Entry]:
 def _attempts(record: Record, branch: str, began: float) -> Iterator[Stage]:
     """Every attempt at the answer: those that told their end, and those that only show as a lease that somebody took."""
     told = [each for each in record.attempts if each.message.branch == branch]
-    leases = _leases(record, branch)
+    # Who comes when all is said (a call that had waited for its place) finds that out, and tries nothing.
+    ended = next((entry.sequence for entry, output in record.said(branch) if output.final), math.inf)
+    leases = [lease for lease in _leases(record, branch) if lease.sequence < ended]
     told_by = _matched([lease.when for lease in leases], [each.message.started for each in told])
     matched = set(told_by.values())
     for number, lease in enumerate(leases):
@@ -412,7 +415,7 @@ def _facts(fields: Mapping[str, Any]) -> dict[str, Any]:
     """*fields* of a message of any kind as facts: long texts cut off, and of what has many parts their number."""
     found: dict[str, Any] = {}
     for name, value in fields.items():
-        if value is None or value == "" or name == "turn":
+        if value in (None, "", []) or name == "turn":
             continue
         if isinstance(value, str):
             found[name] = value[:_FACT]

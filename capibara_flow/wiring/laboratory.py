@@ -18,7 +18,7 @@ from typing import Any
 
 from capibara_flow.domain.configuration import digest
 from capibara_flow.domain.fleet import Expert, Fleet
-from capibara_flow.domain.forking import Stage, begun
+from capibara_flow.domain.forking import RETRIEVER, Stage, begun
 from capibara_flow.domain.record import Entry, Record
 from capibara_flow.domain.recording import Recording
 from capibara_flow.domain.routes import Routes
@@ -30,7 +30,7 @@ from capibara_flow.errors import BadRequest, BrokerUnavailable, CannotStart, Cap
 from capibara_flow.ports import Abilities
 from capibara_flow.runtime import brokers, provision, work
 from capibara_flow.runtime.answers import FencedAnswer, FencedAnswers
-from capibara_flow.runtime.client import TokenClient, fields
+from capibara_flow.runtime.client import TokenClient, fields, flushed
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.forking import publish
 from capibara_flow.runtime.joining import Join
@@ -46,14 +46,13 @@ from topics.chat import ChatRequest
 from topics.grounding import SourcesRetrieved
 from topics.knowledge import Scope, Source
 from topics.message import DEADLINE, ORIGIN, PRINCIPAL, TENANT
-from topics.output import FINALS, event_of
+from topics.output import FINALS, SourcesFound, event_of
 from topics.streams import caller_consumer, retriever_consumer, router_consumer, subject_token, undertaker_consumer
 
 #: Seconds: between two tries at what went wrong for a while, and what an attempt takes that lasted longer than that.
 _RETRY, _LASTING = 0.4, 0.5
 #: Seconds until the deadline of a turn that is to miss it, beside those for each attempt; of any other turn; and until we give one up.
 _SHORT, _LONG, _PATIENCE = 2.0, 120.0, 60.0
-RETRIEVER = "retriever"
 _AT_ONCE = 8  # turns that are played at a time
 _PERMITS = 64  # calls at once, far more than those of these turns
 _PIECES = frozenset({"token", "tool"})
@@ -77,6 +76,15 @@ class Setup:
             raise SettingsError(f"policy: no route is called {', '.join(unknown)}; there are: {', '.join(self.routes.names)}")
 
 
+@dataclass(frozen=True)
+class Shelves:
+    """Where sources are looked for: *search* takes scope, question and *limit*; *written* says which fit into a prompt, and the text."""
+
+    search: Callable[[Scope, str, int], Awaitable[Sequence[Source]]]
+    written: Callable[[Sequence[Source], str], tuple[Sequence[Source], str]]
+    limit: int
+
+
 @dataclass
 class _Heard:
     """What was heard of a turn that is being played."""
@@ -98,15 +106,18 @@ def own_broker() -> Iterator[Settings]:
 
 @asynccontextmanager
 async def laboratory(
-    settings: Settings, setup: Setup, *, router: bool = True, retriever: bool = True, caller: bool = True
+    settings: Settings, setup: Setup, *, router: bool = True, retriever: bool = True, caller: bool = True, shelves: Shelves | None = None
 ) -> AsyncIterator["Laboratory"]:
-    """Workers on the empty broker of *settings*, for the length of a block: an undertaker, and those that are wanted."""
+    """Workers on the empty broker of *settings*, for the length of a block: an undertaker, and those that are wanted.
+
+    Sources are looked for on *shelves*; without any those of the recording are taken.
+    """
     async with AsyncExitStack() as stack:
         operator = await stack.enter_async_context(connected(settings, "provisioner"))
         house = (tuned(undertaker_consumer(), settings),)
         await provision.apply(operator.jetstream(timeout=15), layout(settings), (*consumers(settings, setup.fleet), *house))
         observer = await stack.enter_async_context(connected(settings, "observer"))
-        made = Laboratory(operator, observer, router=router, retriever=retriever, caller=caller)
+        made = Laboratory(operator, observer, router=router, retriever=retriever, caller=caller, shelves=shelves)
         await made.listen()
         reading = Reading(setup, made.playing, made.notes)
         stack.push_async_callback(reading.aclose)
@@ -123,9 +134,19 @@ async def laboratory(
 class Laboratory:
     """Where recordings are played; *notes* tell what could not be done as it was."""
 
-    def __init__(self, operator: TokenClient, observer: TokenClient, *, router: bool, retriever: bool, caller: bool) -> None:
+    def __init__(
+        self,
+        operator: TokenClient,
+        observer: TokenClient,
+        *,
+        router: bool,
+        retriever: bool,
+        caller: bool,
+        shelves: Shelves | None = None,
+    ) -> None:
         self._operator, self._observer = operator, observer
         self._router, self._retriever, self._caller = router, retriever, caller
+        self.shelves = shelves
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._played: dict[str, Played] = {}
         self._records: dict[str, Record] = {}
@@ -175,21 +196,27 @@ class Laboratory:
         calls = self._records[self.playing().recording.turn].calls
         return calls[0].message.context if calls else ""
 
+    @property
+    def came_in_time(self) -> bool:
+        """Whether the client was told what was found for the turn whose message is at work: it had ended before, if not."""
+        record = self._records[self.playing().recording.turn]
+        return any(isinstance(output, SourcesFound) for _, output in record.said())
+
     async def found(self) -> Sequence[Source]:
         """The sources that were found for the turn whose message is at work.
 
-        Raises ``CapibaraError`` with the problem that there was. Who never came so far waits until the turn has ended.
+        Raises ``CapibaraError`` with the problem that there was. Where the turn had ended by then, that is waited for first.
         """
         turn = self.playing().recording.turn
         record = self._records[turn]
-        self.notes["sources are not looked for anew: those of the recording are taken"] = None
-        if problem := next((each.message.problem for each in record.of(SourcesRetrieved) if each.message.problem), ""):
-            raise CapibaraError(problem)
-        if not record.calls:
+        if not self.came_in_time:
             self._played[turn].quiet.set()
             await self._heard[turn].ended.wait()
-            return ()
-        return record.calls[0].message.sources
+        if not self.shelves:
+            self.notes["sources are not looked for anew: those of the recording are taken"] = None
+        if problem := next((each.message.problem for each in record.of(SourcesRetrieved) if each.message.problem), ""):
+            raise CapibaraError(problem)
+        return record.calls[0].message.sources if record.calls else ()
 
     async def until_taken(self, turn: str) -> None:
         """Return when somebody may begin with *turn*: not while its recording says that nobody was there to do it."""
@@ -204,26 +231,27 @@ class Laboratory:
         await self._observer.listen("cf.live.*.main", self._hear_output)
         for subject in ("cf.log.>", "cf.dead.*.*", "cf.ctl.*.cancel"):
             await self._observer.listen(subject, self._hear)
-        await self._observer.flush()
+        await flushed(self._observer)
 
     async def _begin(self, record: Record, stage: Stage, deadline: float) -> None:
         headers = {TENANT: record.tenant, PRINCIPAL: record.principal, DEADLINE: f"{deadline:.3f}"}
         if record.origin:
             headers[ORIGIN] = record.origin
-        await publish(self._operator, begun(record, stage), headers)
+        await publish(self._operator, begun(record, stage, until=time() + _LONG), headers)
 
     async def _finish(self, recording: Recording, played: Played, heard: _Heard) -> None:
         """Return when all has been said about the turn; stop it at its time if it was stopped."""
         if not self._caller:
-            await heard.decided.wait()
-            return
+            await _first(heard.decided.wait(), played.quiet.wait())
+            if heard.decided.is_set():
+                return
         if recording.cancelled is not None:
             await _first(played.quiet.wait(), heard.ended.wait())
             if not heard.ended.is_set():
                 await cancel(self._operator.jetstream(), recording.turn, recording.cancelled)
         await heard.ended.wait()
         # Facts are published before the work is settled, and come by the same connection as the answer to our question.
-        for consumer in (router_consumer(), retriever_consumer(), caller_consumer("any")):
+        for consumer in (router_consumer(), retriever_consumer(), *((caller_consumer("any"),) if self._caller else ())):
             while await self._at_work(consumer.stream, recording.turn):  # noqa: ASYNC110  the broker has no event for it
                 await asyncio.sleep(_LOOK)
 
@@ -363,17 +391,20 @@ def _router_needs(settings: Settings, setup: Setup, made: Laboratory, reading: R
 
 
 def _retriever_needs(settings: Settings, setup: Setup, made: Laboratory, reading: Reading) -> dict[str, Any]:
-    async def search(scope: Scope, query: str, limit: int) -> Sequence[Source]:
-        return await made.found()
+    shelves = made.shelves
 
-    def written(sources: Sequence[Source], question: str) -> tuple[Sequence[Source], str]:
+    async def search(scope: Scope, query: str, limit: int) -> Sequence[Source]:
+        return await shelves.search(scope, query, limit) if shelves and made.came_in_time else await made.found()
+
+    def as_recorded(sources: Sequence[Source], question: str) -> tuple[Sequence[Source], str]:
         return sources, made.context
 
     async def refused(*_: object) -> Any:
         raise BadRequest("no documents are kept here")
 
-    deeds = {"search": search, "written": written, "documents": refused, "remove": refused}
-    return {**deeds, "consumer": tuned(retriever_consumer(), settings), "permits": settings.worker.router_permits}
+    how: dict[str, Any] = {"written": shelves.written, "limit": shelves.limit} if shelves else {"written": as_recorded}
+    own = {"consumer": tuned(retriever_consumer(), settings), "permits": settings.worker.router_permits}
+    return {"search": search, **how, **own, "documents": refused, "remove": refused}
 
 
 def _caller_needs(settings: Settings, setup: Setup, made: Laboratory, reading: Reading) -> dict[str, Any]:

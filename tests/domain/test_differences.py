@@ -8,6 +8,7 @@ from capibara_flow.domain.differences import DECISIONS, Difference, decisive, di
 from capibara_flow.domain.record import Record
 from tests.domain.kept import Kept, passed_on, plain
 from topics.chat import ChatMessage, ChatRequest, Sampling
+from topics.grounding import SourcesRetrieved
 from topics.knowledge import Passage, Source
 
 TOLD = [plain(), passed_on(), plain(expert="two"), Kept().asked(), Kept().asked().routed("two", confidence=0.9).taken().words("a").done()]
@@ -47,13 +48,40 @@ def test_a_decision_is_told_from_a_consequence() -> None:
 
 def test_a_source_that_was_dropped_is_a_decision() -> None:
     def grounded(*ids: str) -> Record:
-        passages = [Passage(id=each, document="d", number=0, text="", start=0, end=0) for each in ids]
+        passages = [Passage(id=each, document="d", number=0, text="", start=0, end=0, title="Ducks") for each in ids]
         sources = tuple(Source(n=n, passage=passage, score=1.0) for n, passage in enumerate(passages, 1))
         return Kept().asked().routed().called("one", sources=sources).record
 
     [found] = differences(grounded("d:1", "d:2"), grounded("d:1"))
-    assert found == Difference("sources", "passages", ["d:1", "d:2"], ["d:1"])
+    assert found == Difference("sources", "passages", ["Ducks d:1", "Ducks d:2"], ["Ducks d:1"])
     assert found.decides
+
+
+def test_what_an_expert_was_asked_is_told_where_the_question_stayed_as_it_was() -> None:
+    words = ChatRequest(messages=(ChatMessage(role="user", content="count to six"),), collection="birds")
+    one, other = Kept().asked().called("one").record, Kept().asked().called("one", request=words).record
+    assert found(one, other) == {
+        ("call", "messages[0].content"): ("count to five", "count to six"),
+        ("call", "collection"): ("default", "birds"),
+    }
+    assert not decisive(differences(one, other))
+    asked = Kept().asked(words).called("one", request=words).record
+    assert {where for where, _ in found(one, asked)} == {"request"}  # once is enough
+    assert {where for where, _ in found(one, Kept().asked().record)} == {"expert"}  # nobody was asked anything
+
+
+def test_a_call_that_came_after_the_turn_was_stopped_was_asked_of_nobody() -> None:
+    stopped = Kept().asked().wait(0.1).taken("undertaker@b:2").done("cancelled", expert="")
+    before = stopped.record
+    told = found(before, stopped.wait(0.1).called("one").record)
+    assert told == {("expert", "answered"): ("", "one")}  # who was to answer, as far as it is known
+
+
+def test_what_stood_in_the_way_of_sources_is_told() -> None:
+    kept = Kept().asked()
+    kept.log(SourcesRetrieved(turn=kept.turn, collection="default", sources=(), problem="away", started=1.0, ended=2.0))
+    told = found(kept.called("one").record, Kept().asked().called("one").record)
+    assert told == {("sources", "problem"): ("away", None)}
 
 
 def test_the_output_alone_tells_the_decision_too() -> None:

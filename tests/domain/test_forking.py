@@ -15,9 +15,9 @@ OLD, NEW = "01JD3Y4S0QK5M7C2V9N8X1B6TZHRWE4F", "01JD3Y4S0QK5M7C2V9N8X1B6TZHRWE4G
 HOLA = ChatRequest(messages=(ChatMessage(role="user", content="hola"),))
 
 
-@given(words=st.text(), key=st.sampled_from(KEYS))
+@given(words=st.text(), key=st.sampled_from([key for key in KEYS if key != "collection"]))
 def test_only_what_is_named_changes(words: str, key: str):
-    if key == "system" and not words:
+    if (key == "system" and not words) or (key in {"message", "prompt"} and not words.strip()):
         return
     made = changed(HOLA, [(key, words)])
     if key in {"message", "prompt"}:
@@ -36,6 +36,22 @@ def test_sampling_is_read_from_words(temperature: float, tokens: int, seed: int)
     expected = Sampling(temperature=temperature, max_tokens=tokens, seed=seed, stop=("a", "b"))
     assert changed(HOLA, wanted).sampling == expected
     assert changed(HOLA, [*wanted, *((key, "") for key, _ in wanted)]) == HOLA
+
+
+def test_where_sources_are_looked_for_is_changed_by_the_name_of_a_collection():
+    made = changed(HOLA, [("collection", " birds ")])
+    assert made == HOLA.model_copy(update={"collection": "birds"})
+    assert changed(made, [("collection", "")]) == HOLA
+    with pytest.raises(BadRequest, match="collection: "):
+        changed(HOLA, [("collection", "two words")])
+
+
+def test_something_must_be_asked_that_can_be_sent():
+    for words in ("", " \n"):
+        with pytest.raises(BadRequest, match="message: it is empty"):
+            changed(HOLA, [("message", words)])
+    with pytest.raises(BadRequest, match="message: what is no text"):
+        parse("message=\udcff")
 
 
 def test_what_the_system_said_is_replaced_or_left_out():

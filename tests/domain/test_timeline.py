@@ -91,6 +91,14 @@ def test_who_takes_the_branch_only_to_end_it_makes_no_attempt() -> None:
     assert (queue.name, round(queue.end or 0, 3)) == ("waits for one", 1.0)
 
 
+def test_who_takes_the_branch_when_all_is_said_makes_no_attempt() -> None:
+    late = cancelled()
+    late.wait(5).taken("caller@a:1")  # the call had waited for its place
+    told = timeline(late.record)
+    assert (named(told, "attempt"), told.totals.silent_attempts) == ([], 0)
+    assert not any("told no end" in each for each in told.missing)
+
+
 def test_a_turn_that_was_given_up_shows_who_and_its_dead_letter() -> None:
     told = timeline(failed().record)
     assert [(stage.name, stage.outcome) for stage in named(told, "end")] == [("caller", "gave it up: bad request")]

@@ -16,6 +16,7 @@ from aiohttp.typedefs import Middleware
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from capibara_flow import __version__
+from capibara_flow.domain.refusing import Refused
 from capibara_flow.edge.asked import IDEMPOTENCY_KEY, REPLAYED
 from capibara_flow.edge.bodies import RouteBody
 from capibara_flow.edge.chat import NativeChat
@@ -23,8 +24,9 @@ from capibara_flow.edge.completions import Completions
 from capibara_flow.edge.door import Door
 from capibara_flow.edge.openapi import document
 from capibara_flow.edge.problems import AGAIN, respond
-from capibara_flow.edge.rag import Knowledge, Refused
+from capibara_flow.edge.rag import Knowledge
 from capibara_flow.edge.turns import KeptTurns
+from capibara_flow.edge.usage import Usage
 from capibara_flow.errors import CapibaraError, Unauthorized
 from capibara_flow.telemetry import HTTP, log
 
@@ -64,6 +66,7 @@ def build(door: Door) -> web.Application:
     app.router.add_get("/v1/models", completions.models)
     app.router.add_get("/api/turns", kept.listed, allow_head=False)
     app.router.add_get("/api/turns/{turn}", kept.one, allow_head=False)
+    app.router.add_get("/api/usage", Usage(door).read, allow_head=False)
     knowledge = Knowledge(door)
     app.router.add_post("/api/rag/documents", knowledge.ingest)
     app.router.add_get("/api/rag/documents", knowledge.listed, allow_head=False)

@@ -15,9 +15,9 @@ from capibara_flow.domain.fleet import Fleet
 from capibara_flow.domain.routing import candidates
 from capibara_flow.domain.turns import belongs, created, is_turn_id, own_buckets, turn_id
 from capibara_flow.edge.asked import REPLAYED, Terms, digest
-from capibara_flow.edge.identity import identify
+from capibara_flow.edge.identity import ANONYMOUS, identify
 from capibara_flow.edge.problems import explained
-from capibara_flow.errors import BadRequest, TurnGone, TurnUnknown
+from capibara_flow.errors import BadRequest, TurnGone, TurnUnknown, Unauthorized
 from capibara_flow.ports import Batch, Feed, Identity, Turns
 from capibara_flow.settings import AuthSettings, EdgeSettings
 from topics.chat import ChatRequest, Decision, RouteTurn
@@ -87,6 +87,14 @@ class Door:
     def identify(self, request: web.Request) -> Identity:
         """Who asks; raises ``Unauthorized``."""
         return identify(request, self.auth)
+
+    def identify_by_key(self, request: web.Request, purpose: str) -> Identity:
+        """Who asks for what only holders of a key may have, to some *purpose* (``read usage``); raises ``Unauthorized``."""
+        identity = self.identify(request)
+        if identity.tenant == ANONYMOUS:
+            # All who bring no key are one tenant, and strangers to each other.
+            raise Unauthorized(f"an API key is needed to {purpose}: send it as 'Authorization: Bearer KEY'")
+        return identity
 
     async def open(self, request: ChatRequest, identity: Identity, terms: Terms) -> Opened:
         """Start a turn, or find the one that its key stands for.

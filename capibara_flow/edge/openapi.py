@@ -12,6 +12,7 @@ from topics.chat import Decision
 from topics.grounding import DocumentFacts
 from topics.knowledge import DEFAULT_COLLECTION
 from topics.output import OUTPUTS
+from topics.usage import UsageDay
 
 _TURN = {"name": "turn", "in": "path", "required": True, "schema": {"type": "string", "minLength": 32, "maxLength": 32}}
 _COMPLETION = {"name": "turn", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^(chatcmpl-)?[0-9A-Z]{32}$"}}
@@ -66,9 +67,19 @@ def _query(name: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"name": name, "in": "query", "required": False, "schema": schema or {"type": "string"}}
 
 
+def _usage() -> dict[str, Any]:
+    count, moment = {"type": "integer", "minimum": 0}, {"type": "string", "format": "date-time"}
+    total = {"type": "object", "properties": dict.fromkeys(("answers", "prompt_tokens", "completion_tokens"), count)}
+    days = {"type": "array", "items": {"$ref": "#/components/schemas/UsageDay"}}
+    told = {"since": moment, "until": moment, "days": days, "total": total, "waiting": count, "more": {"type": "boolean"}}
+    schema = {"type": "object", "properties": told, "required": list(told)}
+    return {"description": "The days, and their sums; waiting: calls not yet in them", "content": {"application/json": {"schema": schema}}}
+
+
 _COLLECTION = _query("collection", {"type": "string", "pattern": r"^[\w.-]{1,64}$", "default": DEFAULT_COLLECTION})
 _SAID = [_query(name) for name in ("name", "title", "address")]
 _WAIT = _query("wait", {"type": "boolean", "default": False})
+_MOMENT = {"type": "string", "pattern": r"^(\d{4}-\d\d-\d\d|\d{1,9}(\.\d{1,3})?[smhd]?)$"}
 _PROBLEM = _answer("What went wrong", "application/problem+json")
 _ERROR = _answer("What went wrong", "application/json")
 _CHAT = {"200": _answer("The answer", "text/event-stream", "application/json"), "4XX": _PROBLEM, "5XX": _PROBLEM}
@@ -111,6 +122,13 @@ _PATHS: dict[str, Any] = {
                 "4XX": _PROBLEM,
                 "5XX": _PROBLEM,
             },
+        }
+    },
+    "/api/usage": {
+        "get": {
+            "summary": "Answers and tokens of the key's tenant, by day and expert; it needs a key",
+            "parameters": [_query("since", _MOMENT | {"default": "7d"}), _query("until", _MOMENT)],
+            "responses": {"200": _usage(), "4XX": _PROBLEM, "5XX": _PROBLEM},
         }
     },
     "/api/rag/documents": {
@@ -157,10 +175,10 @@ _PATHS: dict[str, Any] = {
     },
     "/api/rag/search": {
         "post": {
-            "summary": "What would ground an answer, the best first; more than five sources in TOON to who accepts it",
+            "summary": "What has most to do with a query, the best first; more than five sources in TOON to who accepts it",
             "requestBody": _body("SearchBody"),
             "responses": {
-                "200": _answer("The sources, and how long that took", "application/json", "application/toon"),
+                "200": _answer("The sources, the seconds, and whether a chat would use them", "application/json", "application/toon"),
                 "4XX": _PROBLEM,
                 "5XX": _PROBLEM,
             },
@@ -213,7 +231,7 @@ _PATHS: dict[str, Any] = {
 def document() -> dict[str, Any]:
     """The whole document."""
     taken = (ChatBody, CompletionBody, RouteBody, DocumentBody, SearchBody)
-    given = (*OUTPUTS, Decision, DocumentFacts)
+    given = (*OUTPUTS, Decision, DocumentFacts, UsageDay)
     models: list[Any] = [*((model, "validation") for model in taken), *((model, "serialization") for model in given)]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
     return {

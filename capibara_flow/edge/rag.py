@@ -5,7 +5,7 @@ import re
 import time
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from aiohttp import web
 
@@ -19,14 +19,12 @@ from capibara_flow.edge.endings import Ending, relay, whole
 from capibara_flow.edge.problems import AGAIN, as_failed, problem
 from capibara_flow.edge.uploads import Upload, collection, uploads
 from capibara_flow.errors import BadRequest, BrokerUnavailable, CapibaraError, DocumentRefused, DocumentUnknown, TooLarge
-from capibara_flow.ports import Identity
+from capibara_flow.ports import Identity, Reply
 from topics.grounding import (
     Found,
     IngestDocument,
-    KnowledgeReply,
     ListDocuments,
     Listing,
-    Refusal,
     Removed,
     RemoveDocument,
     SearchKnowledge,
@@ -34,22 +32,12 @@ from topics.grounding import (
 from topics.message import Request
 from topics.output import SourceShown
 
-Answer = TypeVar("Answer", bound=KnowledgeReply)
-
 _DOCUMENT = re.compile(r"[0-9a-f]{1,64}")
 _SECONDS = 30.0  # that a search, a list or a removal may take
 _NOBODY = "nobody is there who knows the documents: start a retriever (`capibara worker retriever`)"
 _TOON, _STREAM = "application/toon", "text/event-stream"
 #: More sources than these are told in TOON to who takes it.
 _FEW = 5
-
-
-class Refused(CapibaraError):
-    """What a worker would not do, in its own words."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.detail)
-        self.refusal = refusal
 
 
 @dataclass
@@ -212,24 +200,25 @@ class Knowledge:
         return web.json_response({"id": document, "removed": True})
 
     async def search(self, request: web.Request) -> web.Response:
-        """``POST /api/rag/search``: what would ground an answer to ``query``, the best first; many sources in TOON to who accepts it."""
+        """``POST /api/rag/search``: what has most to do with ``query``, the best first; many sources in TOON to who accepts it.
+
+        Where it is not ``related``, a chat would go on without these sources.
+        """
         identity = self._door.identify(request)
         body = await self._door.read(request, SearchBody)
         turn = self._door.new_turn(time.time(), identity)
         found = await self._ask(SearchKnowledge(turn=turn, tenant=identity.tenant, **body.model_dump()), Found)
         sources, seconds = [SourceShown.of(each) for each in found.sources], round(found.seconds, 4)
+        more = {"seconds": seconds, "related": found.related}
         if len(sources) > _FEW and _TOON in request.headers.get("Accept", ""):
-            toon = _toon({"sources": flattened(sources), "seconds": seconds})
+            toon = _toon({"sources": flattened(sources), **more})
             if toon is not None:
                 return web.Response(text=toon, content_type=_TOON, charset="utf-8")
-        return web.json_response({"sources": [each.model_dump() for each in sources], "seconds": seconds})
+        return web.json_response({"sources": [each.model_dump() for each in sources], **more})
 
-    async def _ask(self, asked: Request, reply: type[Answer]) -> Answer:
+    async def _ask(self, asked: Request, reply: type[Reply]) -> Reply:
         """The reply to *asked*; raises ``BrokerUnavailable`` when there is none, and ``Refused``."""
-        answer = await self._door.turns.ask(asked, reply, seconds=_SECONDS, nobody=_NOBODY)
-        if answer.refused:
-            raise Refused(answer.refused)
-        return answer
+        return await self._door.turns.ask(asked, reply, seconds=_SECONDS, nobody=_NOBODY)
 
 
 def _check_count(count: int, most: int | None) -> None:

@@ -143,6 +143,8 @@ class Stream:
         except ConnectionResetError:
             return False
         writing.close()  # all is written, it only waits for the buffer to drain
+        # As a task does with what its coroutine yields: all who wait for one buffer share the future, and the next could not await it.
+        drained._asyncio_future_blocking = False
         drained.add_done_callback(_noticed)
         return True
 

@@ -13,8 +13,7 @@ from capibara_flow.domain.record import Entry, Record
 from capibara_flow.domain.timeline import Summary, Timeline, timeline
 from capibara_flow.domain.turns import belongs
 from capibara_flow.edge.door import Door
-from capibara_flow.edge.identity import ANONYMOUS
-from capibara_flow.errors import BadRequest, TurnUnknown, Unauthorized
+from capibara_flow.errors import BadRequest, TurnUnknown
 from topics.message import TENANT
 
 #: Seconds in a unit of how long ago something was.
@@ -101,10 +100,7 @@ class KeptTurns:
 
     async def listed(self, request: web.Request) -> web.Response:
         """``GET /api/turns``: the newest turns of the asker's tenant."""
-        identity = self._door.identify(request)
-        if identity.tenant == ANONYMOUS:
-            # All who bring no key are one tenant, and strangers to each other.
-            raise Unauthorized("an API key is needed to list turns: send it as 'Authorization: Bearer KEY'")
+        identity = self._door.identify_by_key(request, "list turns")
         query = request.query
         since = ago(query["since"], time.time()) if "since" in query else 0.0
         wanted = Wanted(_limit(query.get("limit", "20")), identity.tenant, query.get("expert", ""), query.get("outcome", ""))

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from aiohttp import ClientSession
 
+from capibara_flow.domain.fleet import Fleet
 from capibara_flow.engines import scripted
 from capibara_flow.engines.script import Answer, Script
 from capibara_flow.runtime.embedded import EmbeddedBroker
-from capibara_flow.settings import KnowledgeSettings
+from capibara_flow.settings import KnowledgeSettings, SettingsError
+from capibara_flow.wiring.extracting import alone
 from tests.conftest import Installation, installed, settings_for
 from tests.edge.client import Event, arriving, names, text_of
 from tests.waiting import until
@@ -79,6 +81,8 @@ async def test_a_question_is_answered_from_a_document(installation: Installation
         async with session.post(f"{door}/api/rag/search", json={"query": "plantas acuáticas"}) as response:
             found = await response.json()
         assert "plantas acuáticas" in found["sources"][0]["text"]
+        assert found["related"] is True
+        await _goes_on_without_what_is_unrelated(session, door)
         async with session.get(f"{door}/api/rag/documents") as response:
             [document] = (await response.json())["documents"]
         assert (document["title"], document["language"]) == ("Los capibaras", "es")
@@ -86,3 +90,48 @@ async def test_a_question_is_answered_from_a_document(installation: Installation
             assert response.status in {200, 204}
         async with session.post(f"{door}/api/rag/search", json={"query": "plantas acuáticas"}) as response:
             assert (await response.json())["sources"] == []
+
+
+async def _goes_on_without_what_is_unrelated(session: ClientSession, door: str) -> None:
+    unrelated = "¿Cuál es la raíz cuadrada de doscientos?"
+    events = await asked(session, door, message=unrelated)
+    assert [event.data["sources"] for event in events if event.name == "sources"] == [[]]
+    assert names(events)[-1] == "done"
+    async with session.post(f"{door}/api/rag/search", json={"query": unrelated}) as response:
+        found = await response.json()
+    assert found["related"] is False
+    assert max(each["parts"]["relevance"] for each in found["sources"]) < KnowledgeSettings().relevance
+
+
+async def test_an_expert_lists_what_documents_mention_if_one_is_named(broker: EmbeddedBroker, tmp_path: Path) -> None:
+    listed = '{"names": ["laguna azul", "Atlantis"]}'
+    runner, engine = await scripted.serve(Script(answer=(Answer(when="<text>", text=listed),)))
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(f'[[experts]]\nname = "namer"\nurls = ["{engine}"]\nscripted = true\n', encoding="utf-8")
+    knowledge = KnowledgeSettings(folder=tmp_path / "knowledge", embedder="universal", extractor="namer")
+    settings = settings_for(broker, fleet, knowledge=knowledge)
+    try:
+        async with installed(settings, engine, "router", "caller", "retriever", "ingester") as running, ClientSession() as session:
+            door = await running.start_edge()
+            texts = {
+                "Rosalba Quintana": "Pasaba los veranos junto a la laguna azul.",
+                "Laguna azul": "Allí anidan las garzas.",
+                "Pan": "Pan.",
+            }
+            for title, text in texts.items():
+                body = f"# {title}\n\n{text}\n".encode()
+                async with session.post(f"{door}/api/rag/documents?name={title.replace(' ', '-')}.md&wait=true", data=body) as response:
+                    assert response.status == 201, await response.text()
+            async with session.post(f"{door}/api/rag/search", json={"query": "¿Qué aves veía Rosalba Quintana?"}) as response:
+                found = {each["title"]: each["parts"]["graph"] for each in (await response.json())["sources"]}
+    finally:
+        await runner.cleanup()
+    # No rule takes two words in small letters for a name, so nothing else leads from her to the lagoon.
+    assert found["Laguna azul"] > found.get("Pan", 0) == 0
+
+
+def test_an_expert_that_lists_names_must_be_there() -> None:
+    fleet = Fleet.model_validate({"experts": [{"name": "one", "urls": ["http://127.0.0.1:9"]}]})
+    assert [each.name for each in alone(fleet, "one").experts] == ["one"]
+    with pytest.raises(SettingsError, match="no expert with an address is called 'two'; there are: one"):
+        alone(fleet, "two")

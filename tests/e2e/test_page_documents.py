@@ -153,6 +153,11 @@ async def test_documents_are_brought_searched_and_removed(page: Page, door: str,
     await expect(panel.locator("#found .source")).to_have_count(1)
     await panel.get_by_text("El pasaje").click()
     await expect(panel.locator("#found blockquote")).to_have_text("hay treinta dias de vacaciones")
+    await expect(panel.locator("#foundSay")).to_be_empty()
+    library.related = False
+    await panel.get_by_role("searchbox").press("Enter")
+    await expect(panel.locator("#foundSay")).to_contain_text("Nada de esto se relaciona lo bastante")
+    await expect(panel.locator("#found .source")).to_have_count(1)
 
     line = panel.locator("#shelf li").filter(has_text="vacaciones.md")
     await line.get_by_role("button").click()

@@ -4,11 +4,13 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import ClientSession
+from rich.console import Console
 
 from capibara_flow import wiring
 from capibara_flow.cli import queue
@@ -16,7 +18,7 @@ from capibara_flow.engines import scripted
 from capibara_flow.engines.script import load_script
 from capibara_flow.errors import UnknownExpert
 from capibara_flow.runtime.embedded import EmbeddedBroker
-from capibara_flow.runtime.standing import standings
+from capibara_flow.runtime.standing import Standing, standings
 from capibara_flow.settings import AuthSettings, Settings, WorkerSettings
 from tests.conftest import Installation, installed, settings_for
 from tests.waiting import until
@@ -141,3 +143,10 @@ async def test_an_operator_sees_who_waits(house: House) -> None:
     await until(empty)
     with pytest.raises(UnknownExpert, match="capibara queue"):
         await queue.queue(house.settings, "nobody")
+
+
+def test_a_small_screen_still_tells_whose_queue_it_is() -> None:
+    screen = Console(file=StringIO(), width=60)
+    screen.print(queue.table([Standing("mistral_balanced", "acme", 12, 3, 1.5, 289.3, None)]))
+    row = screen.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
+    assert [word[:4] for word in row.split()] == ["mist", "acme", "12", "3", "1.5", "289."]

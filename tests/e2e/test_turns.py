@@ -195,6 +195,16 @@ def test_what_strangers_said_does_nothing_to_a_terminal() -> None:
     assert "[bold]" in text
 
 
+def test_a_list_on_a_small_screen_keeps_ids_and_outcomes_whole() -> None:
+    kept = Kept().asked().routed().taken().words("one").done("tool_calls", expert="smollm2-135m-creative")
+    for width in (60, 80, 100, 120, 150, 300):
+        screen = Console(file=StringIO(), width=width)
+        screen.print(table([Summary.of(kept.record)], screen.width))
+        head, row = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert (kept.turn in row, "tool_calls" in row, "count to" in row, "outcome" in head) == (True, True, True, True), width
+        assert ("acme" in row) is (width >= 150)
+
+
 async def test_a_replay_is_byte_for_byte_what_the_client_got(installation: Installation, door: str) -> None:
     async with ClientSession() as session, session.post(f"{door}/api/chat", json={"message": "slow", "model": "one"}) as response:
         stream = await response.read()
@@ -237,6 +247,18 @@ async def test_without_a_log_the_output_tells_what_it_can(
     assert "told_by=the output alone" in shown
     assert "told=by its output alone" in shown
     assert "note: the log holds nothing of it" in shown
+
+
+async def test_a_log_that_was_switched_off_gets_nothing_more(broker: EmbeddedBroker, fleet_file: Path, engine: str) -> None:
+    kept = settings_for(broker, fleet_file)
+    async with installed(kept, engine) as running:
+        await told(running, await turn(await running.start_edge(), "capital of France", model="one"), 1)
+    async with wiring.connected(kept, "observer") as client:
+        before = (await client.jetstream().stream_info("CF_LOG")).state.messages
+        async with installed(settings_for(broker, fleet_file, log=LogSettings(enabled=False)), engine) as running:
+            await turn(await running.start_edge(), "capital of France", model="one")
+        after = (await client.jetstream().stream_info("CF_LOG")).state.messages
+    assert 0 < before == after
 
 
 async def test_two_turns_are_compared_stage_by_stage(door: str, installation: Installation) -> None:

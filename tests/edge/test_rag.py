@@ -21,7 +21,8 @@ from tests.edge.knowing import DONE, FACTS, ID, form, ingested, source
 from tests.edge.serving import client
 from tests.fakes import FakeTurns
 from tests.waiting import until
-from topics.grounding import Found, IngestDocument, ListDocuments, Listing, Refusal, Removed, RemoveDocument, SearchKnowledge
+from topics.grounding import Found, IngestDocument, ListDocuments, Listing, Removed, RemoveDocument, SearchKnowledge
+from topics.message import Refusal
 from topics.output import Cited, Failed, SourcesFound, SourceShown, Token
 
 DOCUMENTS, SEARCH = "/api/rag/documents", "/api/rag/search"
@@ -348,10 +349,10 @@ async def test_a_list_is_asked_for_in_numbers(query: str) -> None:
 
 async def test_sources_are_found() -> None:
     turns = FakeTurns()
-    turns.replies = {SearchKnowledge: Found(sources=(source(1), source(2)), seconds=0.25)}
+    turns.replies = {SearchKnowledge: Found(sources=(source(1), source(2)), seconds=0.25, related=False)}
     async with client(turns) as session, session.post(SEARCH, json={"query": " leave? ", "limit": 2, "collection": "laws"}) as response:
         told = await response.json()
-    assert told == {"sources": [SourceShown.of(source(n)).model_dump(mode="json") for n in (1, 2)], "seconds": 0.25}
+    assert told == {"sources": [SourceShown.of(source(n)).model_dump(mode="json") for n in (1, 2)], "seconds": 0.25, "related": False}
     assert told["sources"][0]["title"] == "Title, 1 › Head"
     (asked,) = turns.requests
     assert isinstance(asked, SearchKnowledge)
@@ -369,6 +370,7 @@ async def test_many_sources_are_told_in_toon_to_who_takes_it() -> None:
             rows = toons.loads(text)["sources"] if kind == "toon" else json.loads(text)["sources"]
             read = [unflattened(row) if kind == "toon" else source_of(row) for row in rows]
             assert read == [SourceShown.of(source(n)) for n in range(1, count + 1)]
+            assert (toons if kind == "toon" else json).loads(text)["related"] is True
             assert kind == "json" or f"sources[{count}]{{" in text
 
 

@@ -80,10 +80,10 @@ class Client:
         self.said += [each.text for each in outputs if isinstance(each, Token)]
         self.memory.say(*(each.model_copy(update={"turn": turn}) for each in outputs))
 
-    async def say_until_stuck(self) -> None:
-        """Talk until nothing more goes out."""
+    async def say_until_stuck(self, size: int = 20_000) -> None:
+        """Talk, *size* characters at a time, until nothing more goes out."""
         while len(self.follower._pending) < 50:
-            self.say(Token(turn=T, text=f"{len(self.said)} {'x' * 20_000}\n"))
+            self.say(Token(turn=T, text=f"{len(self.said)} {'x' * size}\n"))
             await asyncio.sleep(0)
 
     async def read(self) -> str:
@@ -184,6 +184,14 @@ async def test_a_client_that_does_not_read_for_a_while_gets_everything_in_order(
         assert words(path, await reading) == client.said
         assert client.taken[before:] == [True] * 11
     assert not client.memory.ears
+
+
+@pytest.mark.parametrize(("path", "body"), DIALECTS)
+async def test_who_waits_for_room_behind_a_write_that_waited_too_gets_everything(path: str, body: dict[str, Any]) -> None:
+    async with asked(path, body) as client:
+        await client.say_until_stuck(100_000)  # so large that each write waits where there is no room, the tapped one first
+        client.say(DONE)
+        assert words(path, await client.read()) == client.said
 
 
 @pytest.mark.parametrize(("path", "body"), DIALECTS)

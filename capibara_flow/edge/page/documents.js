@@ -23,12 +23,12 @@ export async function documents(collection) {
 export const remove = async (id, collection) =>
   accepted(await fetch(`${BASE}/${encodeURIComponent(id)}?${query({ collection })}`, { method: "DELETE" }));
 
-/** The sources that an answer to *words* would rest on. */
+/** What has most to do with *words*: {sources, related}; an answer rests on them where they are related enough. */
 export async function search(words, collection, limit = 8) {
   const headers = { "Content-Type": "application/json" };
   const body = JSON.stringify({ query: words, collection, limit });
   const response = await accepted(await fetch("/api/rag/search", { method: "POST", headers, body }));
-  return (await response.json()).sources;
+  return response.json();
 }
 
 /** Bring *file*; sent(bytes) tells how far it got, taking() that all of it is there. Answers {document, how, title, passages}. */

@@ -147,8 +147,9 @@ export class Library {
 
   #showFound() {
     if (this.#found === null) return;
-    $("foundSay").textContent = this.#found.length ? "" : text("nothingFound");
-    fillSources($("found"), this.#found, null, "found");
+    const { sources, related } = this.#found;
+    $("foundSay").textContent = !sources.length ? text("nothingFound") : related === false ? text("unrelated") : "";
+    fillSources($("found"), sources, null, "found");
   }
 
   /** The language has changed. */

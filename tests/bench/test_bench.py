@@ -2,9 +2,11 @@
 
 import asyncio
 import csv
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -15,8 +17,13 @@ import pytest
 from openai import AsyncOpenAI
 from rich.console import Console
 
+from capibara_flow import wiring
+from capibara_flow.runtime.embedded import EmbeddedBroker
+from tests.conftest import settings_for
+from tests.waiting import until as waited
+
 from . import __main__ as bench
-from . import courses, floor, knowledge, load, mock, peers, pictures, scenarios, storm, system
+from . import courses, floor, knowledge, load, mock, peers, pictures, scenarios, smallest, storm, system
 from .load import Plan
 from .page import PageCost
 from .scenarios import Figure, Run
@@ -375,6 +382,7 @@ COURSE_FIGURES = {
 }
 
 
+@pytest.mark.long
 def test_every_course_goes_its_way() -> None:
     with system.straight() as engine, system.capibara(engine.url, system.TOGETHER) as ours:
         assert ours.tree is not None
@@ -428,6 +436,7 @@ def test_words_behind_the_last_id_are_not_had_yet() -> None:
 # --- floor, peers, pictures, command line --------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_each_hop_has_a_floor() -> None:
     with system.straight() as engine:
         measured = floor.Floor("floor", "", tokens=200).measure(engine, engine, "")
@@ -435,6 +444,42 @@ def test_each_hop_has_a_floor() -> None:
     for how in (floor.ALONE, floor.TOGETHER):
         assert values[f"sum/{how}"] == pytest.approx(sum(values[f"sum_{part}/{how}"] for part in ("workers", "broker", "edge")))
         assert all(values[f"{hop}/{how}"] > 0 for hop in ("read", "parse", "broker", "deliver"))
+
+
+async def test_the_smallest_system_answers_right_and_stores_what_makes_it_durable(
+    engine: str, broker: EmbeddedBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(f'[[experts]]\nname = "mock"\nurls = ["{engine}/v1"]\n')
+    settings = settings_for(broker, fleet)
+    await wiring.apply_streams(settings)
+    for name, value in broker.environment().items():
+        monkeypatch.setenv(name, value)
+    ready = tmp_path / "ready.json"
+    for process in (smallest.workers(broker.url, engine), smallest.edge(broker.url, ready)):
+        task = asyncio.create_task(process)
+        request.addfinalizer(task.cancel)
+    await waited(ready.exists)
+    url = orjson.loads(ready.read_bytes())["url"]
+    for plan in (Plan(url, 4, 2, TOKENS, 1), Plan(url, 4, 2, 40), Plan(url, 4, 2, TOKENS, stream=False)):
+        report = await load.run(plan)
+        assert (report.errors, report.requests) == ([], 8)
+    turns = 3 * (8 + 4)  # each client warms up once
+    async with wiring.connected(settings, "provisioner") as client:
+        jetstream = client.jetstream()
+
+        async def kept(stream: str, subject: str) -> int:
+            found = (await jetstream.stream_info(stream, subjects_filter=subject)).state.subjects or {}
+            return sum(found.values())
+
+        async def over() -> bool:  # a fact of the last turn may still be on its way
+            return await kept("CF_WORK_ROUTER", ">") + await kept("CF_WORK_CALL", ">") == 0 and await kept("CF_LOG", ">") == 4 * turns
+
+        await waited(over)
+        assert await kept("CF_LOG", "cf.log.*.asked.>") == 2 * turns
+        assert [await kept("CF_LOG", f"cf.log.*.{fact}") for fact in ("router", "caller")] == [turns, turns]
+        assert await kept("CF_OUT", "cf.out.*.lease.main") == turns
+        assert await kept("CF_OUT", "cf.out.*.data.main") >= 2 * turns
 
 
 def test_each_process_pays_for_its_hops() -> None:
@@ -493,7 +538,7 @@ def test_what_is_to_be_measured_is_said_by_name() -> None:
     assert (usual.scenario, usual.systems) == ([], [])
     assert bench.arguments(["floor", "--scenario", "paced,low"]).scenario == ["low", "paced", "floor"]
     assert bench.arguments(["--scenario", "all"]).scenario == [each.name for each in bench.EVERY]
-    assert bench.arguments(["--systems", "all"]).systems == ["straight", *system.OURS]
+    assert bench.arguments(["--systems", "all"]).systems == ["straight", *system.OURS, "smallest"]
     for wrong in (["--scenario", "nothing"], ["--systems", "nobody"], ["--rounds", "0"]):
         with pytest.raises(SystemExit):
             bench.arguments(wrong)
@@ -502,8 +547,12 @@ def test_what_is_to_be_measured_is_said_by_name() -> None:
 async def test_search_and_ingestion_are_measured_in_small() -> None:
     found = await knowledge.measure(knowledge.Job("random", 30, rounds=1, asked=2, taken=5))
     parts = {f"search_cpu/{part}@passages=30" for part in ("embed", "nearest", "matching", "graph", "fetch", "rank")}
-    assert parts | {"search_wall_p50@passages=30", "search_cpu_p95@passages=30", "rss@passages=30", "ingest_wall"} <= found.keys()
-    assert {f"ingest_cpu/{part}" for part in ("parse", "chunk", "embed", "passages", "graph", "documents")} <= found.keys()
+    assert (
+        parts | {"search_wall_p50@passages=30", "search_one_core_p50@passages=30", "search_cpu_p95@passages=30", "rss@passages=30"}
+        <= found.keys()
+    )
+    ingested = {name for name, _, words in (metric.partition("@words=") for metric in found) if words.isdigit()}
+    assert {"ingest_wall", *(f"ingest_cpu/{part}" for part in ("parse", "chunk", "embed", "passages", "graph", "documents"))} <= ingested
     assert all(len(values) == 1 and values[0] >= 0 for _, values in found.values())
 
 
@@ -515,11 +564,37 @@ def test_the_library_is_made_up_the_same_everywhere() -> None:
     assert len(set(knowledge.questions(20, 23, 1))) > 15
 
 
+def test_real_texts_are_taken_in_once_each(tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_bytes(b"\n".join(orjson.dumps({"id": str(n), "text": f"text {n}", "title": f"title {n}"}) for n in range(13)))
+    given = knowledge.shelf(str(file))
+    library = [*given.some(7, "a"), *given.some(5, "b")]
+    assert [len(text.pieces) for text in library] == [5, 2, 5]
+    assert len({piece for text in library for piece in text.pieces}) == 12
+    assert all(text.title.startswith("title ") for text in library)
+    with pytest.raises(ValueError, match="1 are left where 2"):
+        given.some(2, "c")
+
+
+def test_one_core_is_all_that_is_used_and_only_meanwhile() -> None:
+    allowed, go = os.sched_getaffinity(0), threading.Event()
+    worker = threading.Thread(target=go.wait, daemon=True)
+    worker.start()
+    with knowledge.one_core():
+        mine, its = os.sched_getaffinity(0), os.sched_getaffinity(worker.native_id or 0)
+    after = os.sched_getaffinity(worker.native_id or 0)
+    go.set()
+    worker.join()
+    assert mine == its
+    assert len(mine) == 1
+    assert os.sched_getaffinity(0) == after == allowed
+
+
 def test_bars_of_search_and_ingestion_are_judged() -> None:
     series = {
-        Figure("knowledge", "e5", "search_wall_p50@passages=6000", "ms"): [61.0],
-        Figure("knowledge", "e5", "search_wall_p50@passages=1000", "ms"): [99.0],
-        Figure("knowledge", "minilm", "ingest_wall", "passages/s"): [41.0],
+        Figure("knowledge", "e5", "search_one_core_p50@passages=6000", "ms"): [61.0],
+        Figure("knowledge", "e5", "search_one_core_p50@passages=1000", "ms"): [99.0],
+        Figure("knowledge", "minilm", "ingest_wall@words=90", "passages/s"): [41.0],
     }
     assert [line.split(":")[0] for line in knowledge.bars(series)] == ["missed", "met"]
     options = knowledge.arguments(["--passages", "10,20", "--embedder", "random"])
@@ -529,6 +604,7 @@ def test_bars_of_search_and_ingestion_are_judged() -> None:
             knowledge.arguments(wrong)
 
 
+@pytest.mark.long
 @pytest.mark.browser
 def test_the_page_is_measured_in_halves() -> None:
     if not (shutil.which("chromium") or shutil.which("google-chrome")):

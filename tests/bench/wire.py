@@ -87,6 +87,11 @@ def in_paragraphs(text: str, index: int) -> str:
     return text if (index + 1) % _PARAGRAPH else text[:-1] + r"\n\n"
 
 
+def chunk(data: bytes) -> bytes:
+    """*data* as one chunk of an HTTP/1.1 body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 @dataclass
 class Transcript:
     """What one client was told, in whatever pieces; knows at any time what is wrong with it."""

@@ -171,4 +171,6 @@ class Unauthorized(Terminal):
 
 
 class CannotStart(Terminal):
-    """Something that should run on this machine cannot; the message says what to do about it."""
+    """Something that should run on this machine cannot; the message says what to do about it, and until then it is not served."""
+
+    status = 503

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ROUTES = Path(__file__).parent / "routes" / "bb.toml"
 Kind = TypeVar("Kind", bound=BaseModel)
 
-ROLES = ("provisioner", "edge", "router", "caller", "retriever", "ingester", "undertaker", "observer")
+ROLES = ("provisioner", "edge", "router", "caller", "retriever", "ingester", "undertaker", "accountant", "observer")
 
 
 class Group(BaseModel):
@@ -173,10 +173,12 @@ class KnowledgeSettings(Group):
 
     *milvus* is the URI of a Milvus server (with *milvus_token*), *postgres* the URL of a PostgreSQL, *nebula* the ``host:port`` of a
     NebulaGraph (with *nebula_user* and *nebula_password*); what is not named is embedded, in *folder*, and then one process has it alone.
-    *embedder* is a model as the router's. A turn is grounded in *sources* passages, of *context_tokens* in all, within *seconds*.
+    *embedder* is a model as the router's. An *extractor*, an expert of the fleet, lists what passages mention; without one rules do. A turn
+    is grounded in *sources* passages, of *context_tokens* in all, within *seconds*.
     The score of a passage is ``vector_weight * vector + graph_weight * graph + recency``, where *recency_weight* is the most that age
-    can add: half of it after *recency_half_life_days*. Reading a document of at most *document_bytes* may take *parse_seconds* and
-    *parse_memory_mib*.
+    can add: half of it after *recency_half_life_days*. Where no source has at least *relevance* (about 0: unrelated; 1: alike), a turn
+    goes on without any; 0 grounds it in the best there are, whatever they say. Reading a document of at most *document_bytes* may take
+    *parse_seconds* and *parse_memory_mib*.
     """
 
     folder: Path | None = None
@@ -187,6 +189,7 @@ class KnowledgeSettings(Group):
     nebula_user: str = "root"
     nebula_password: SecretStr = SecretStr("nebula")
     embedder: str = "e5"
+    extractor: str = ""
     sources: int = Field(default=10, ge=1, le=100)
     context_tokens: int = Field(default=2000, ge=100)
     seconds: float = Field(default=5, gt=0)
@@ -194,6 +197,7 @@ class KnowledgeSettings(Group):
     graph_weight: float = Field(default=0.3, ge=0)
     recency_weight: float = Field(default=0.05, ge=0)
     recency_half_life_days: float = Field(default=365, gt=0)
+    relevance: float = Field(default=0.1, ge=0, le=1)
     document_bytes: int = Field(default=50 * 1024 * 1024, ge=1)
     parse_seconds: float = Field(default=60, gt=0)
     parse_memory_mib: int = Field(default=2048, ge=256)

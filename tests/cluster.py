@@ -20,9 +20,10 @@ from nats.js import JetStreamContext
 from nats.js.api import StreamConfig
 from nats.js.errors import APIError
 
+from capibara_flow.processes.leash import leashed
+from capibara_flow.processes.logs import last_lines
 from capibara_flow.runtime import connection
-from capibara_flow.runtime.embedded import find_server, last_lines, variables
-from capibara_flow.runtime.leash import leashed
+from capibara_flow.runtime.embedded import find_server, variables
 from capibara_flow.settings import ROLES, NatsSettings, Settings
 from tests.waiting import until
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from topics.chat import CallExpert
-from topics.flow import DOOR, FLOW, Hop, mermaid
+from topics.flow import DOOR, FLOW, OPERATOR, Hop, mermaid
 from topics.message import Command, Message, Request, Signal
 from topics.output import OUTPUTS, Output
 from topics.streams import (
@@ -18,6 +18,7 @@ from topics.streams import (
     REPORTS,
     Layout,
     absence_consumer,
+    accountant_consumer,
     answer_key,
     caller_consumer,
     due_key,
@@ -45,6 +46,7 @@ STREAMS = {
     "retriever": {retriever_consumer().stream, "CF_JOIN"},
     "ingester": {ingester_consumer().stream, DOCUMENTS},
     "undertaker": {undertaker_consumer().stream, absence_consumer().stream},
+    "accountant": {accountant_consumer().stream},
 }
 #: Who sends or takes calls knows the lanes, and what callers report.
 QUEUES = {lane_key("*", "*"), report_key("caller", "*")}
@@ -113,7 +115,8 @@ def test_every_command_has_one_taker_and_every_output_is_on_the_map():
     assert len(takers) == len(set(takers))
     commands = {message for message in MESSAGES if issubclass(message, Command)}
     assert commands == {taken for taken in takers if issubclass(taken, Command)}
-    assert {message for message in DOOR if issubclass(message, Request)} == {served for hop in FLOW for served in hop.serves}
+    asked = {message for message in (*DOOR, *OPERATOR) if issubclass(message, Request)}
+    assert asked == {served for hop in FLOW for served in hop.serves}
     assert {output for hop in FLOW for output in hop.shows} == set(OUTPUTS)
     assert all(issubclass(message, Command | Signal | Request) for message in DOOR)
     assert not any(covers(subject, message.subjects()) for message in MESSAGES - KEPT for s in Layout().streams for subject in s.subjects)
@@ -124,8 +127,10 @@ def test_a_worker_may_publish_what_the_map_lists_and_nothing_else(hop: Hop):
     publish, subscribe = permissions(hop.worker)
     also = MAY_ALSO.get(hop.worker, set())
     ours = {subject for subject in publish if subject.startswith("cf.")}
-    assert ours - also == {message.subjects() for message in hop.speaks} | {"cf.out.*.lease.*"}
-    ears = {"cf.ctl.*.cancel", f"_INBOX_{hop.worker}.>"} | {request.subjects() for request in hop.serves}
+    turns = set() if hop.takes_facts else {"cf.out.*.lease.*"}  # who takes facts comes behind all turns
+    assert ours - also == {message.subjects() for message in hop.speaks} | turns
+    ears = {f"_INBOX_{hop.worker}.>"} | {request.subjects() for request in hop.serves}
+    ears |= set() if hop.takes_facts else {"cf.ctl.*.cancel"}
     assert subscribe == ears | (QUEUES if CallExpert in (*hop.emits, hop.consumes) else set())
     reports = {report_key(hop.worker, "*"), f"$JS.API.DIRECT.GET.{REPORTS}"} | LANE_KEYS
     assert report_key(hop.worker, "*") in publish
@@ -145,6 +150,11 @@ def test_the_door_may_open_cancel_and_follow_turns_only():
     asked = {subject.removeprefix("$JS.API.") for subject in publish if subject.startswith("$JS.")}
     assert all(each.startswith(("STREAM.INFO.", "STREAM.MSG.GET.", "DIRECT.GET.", "CONSUMER.INFO.")) for each in asked)
     assert not [each for each in asked if "GET" in each and "CF_WORK" in each]  # what waits is nobody's to read
+
+
+def test_the_operator_may_ask_for_what_nobody_else_does():
+    publish, _ = permissions("provisioner")
+    assert {message.subjects() for message in OPERATOR} <= publish
 
 
 def test_observers_change_nothing():

@@ -21,7 +21,8 @@ class Shares:
         self._last: dict[int, int] = {}
         self._now = 0.0
         self._count = 0
-        self._goes_on: set[int] = set()
+        #: Of who goes on, how far a turn moves his tag.
+        self._goes_on: dict[int, float] = {}
 
     def next(self, waiting: Iterable[int]) -> int:
         """Whose turn it is, of those *waiting*, at least one; the same again until ``begin`` is called."""
@@ -31,17 +32,17 @@ class Shares:
         """A turn of *bucket* begins; *more* of it wait behind, though they may not be seen yet."""
         tag = self._tag(bucket)
         self._now = max(self._now, tag)
-        self._tags[bucket] = tag + 1 / weight
+        self._tags[bucket] = tag + (step := 1 / weight)
         self._count += 1
         self._last[bucket] = self._count
-        self._goes_on.discard(bucket)
+        self._goes_on.pop(bucket, None)
         if more:
-            self._goes_on.add(bucket)
+            self._goes_on[bucket] = step
 
     def _tag(self, bucket: int) -> float:
         tag = self._tags.get(bucket, self._now)
-        # Whose next turn is still on its way may be late, by one turn: no more, for somebody else may have served the rest.
-        return max(tag, self._now - 1 if bucket in self._goes_on else self._now)
+        # Whose next turn is still on its way may be late, by one turn of his: no more, for somebody else may have served the rest.
+        return max(tag, self._now - self._goes_on.get(bucket, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +94,6 @@ def place(mine: int, ahead: int, shares: Mapping[int, Share], hands: Hands, *, f
             break
         seconds = again
     return Place(int(before) + 1, seconds)
-
-
-def _bound(ahead: int, own: Share, other: Share) -> float:
-    """How many turns of another bucket begin before one that has *ahead* of its own: where the tags are equal, half of the last one."""
-    return (ahead + 0.5) * other.weight / own.weight
 
 
 def begins(before: float, hands: Hands) -> float:

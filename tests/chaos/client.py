@@ -37,8 +37,9 @@ class Story:
     #: How it ended: a finish reason, or what went wrong; empty while it did not.
     end: str = ""
     failed: bool = False
-    #: When the client asked to stop (or left), in seconds since the epoch.
+    #: When the client asked to stop (or left), in seconds since the epoch; *stopping* once it has asked, whether it was heard or not.
     stopped: float | None = None
+    stopping: bool = False
     #: When it had its end, in seconds since the epoch.
     ended: float | None = None
     last_id: str = ""
@@ -91,6 +92,8 @@ class Client:
                 story.fail(f"no end within {self._patience:g} s")
         finally:
             if deed:
+                # The stream may tell the end before the door has answered him who asked for it: but he must have asked by then.
+                await asyncio.wait([deed], timeout=_SILENCE if story.stopping and story.end == "cancelled" else 0)
                 deed.cancel()
         return story
 
@@ -158,11 +161,11 @@ class Client:
         while True:
             number += 1
             if story.turn:
-                doors, sent = self._doors(), time.time()
+                doors, sent, story.stopping = self._doors(), time.time(), True
                 try:
                     async with self._session.delete(f"{doors[number % len(doors)]}/api/chat/{story.turn}") as response:
                         if response.status == 202:
-                            story.stopped = sent
+                            story.stopped = min(sent, story.ended or sent)
                             return
                 except (aiohttp.ClientError, OSError):
                     pass

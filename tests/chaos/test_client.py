@@ -1,5 +1,6 @@
 """The client of the chaos runs, against doors that break off, lie still and come back."""
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 
@@ -131,3 +132,33 @@ async def test_a_client_leaves_in_the_middle_and_may_look_later(door: Door) -> N
 
     story = await live(door, hangs, ask=Ask(1, 3, PREFILLER, 0, "leave", 0.2))
     assert (story.end, story.failed, story.stopped is not None) == ("", False, True)
+
+
+async def test_an_end_that_comes_before_the_reply_to_cancelling_counts_as_obeyed(door: Door) -> None:
+    asked, said = asyncio.Event(), asyncio.Event()
+
+    async def ends(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"X-Capibara-Turn": "T"})
+        await response.prepare(request)
+        await response.write(b'id: 1\nevent: token\ndata: {"text": ""}\n\n')
+        await asked.wait()
+        await response.write(b'id: 2\nevent: done\ndata: {"finish_reason": "cancelled"}\n\n')
+        await response.write_eof()
+        said.set()
+        return response
+
+    async def replies_late(_: web.Request) -> web.StreamResponse:
+        asked.set()
+        await said.wait()
+        await asyncio.sleep(0.2)
+        return web.json_response({}, status=202)
+
+    story = await live(door, ends, replies_late, ask=Ask(1, 3, PREFILLER, 0, "cancel", 0))
+    assert (story.end, story.stopped is not None) == ("cancelled", True)
+
+
+async def test_an_end_that_nobody_had_asked_for_stays_one(door: Door) -> None:
+    ended = stream(("done", {"finish_reason": "cancelled"}, "9"))
+    story = await live(door, ended, refuses(202), ask=Ask(1, 3, PREFILLER, 0, "cancel", 0.5))
+    assert (story.end, story.stopped) == ("cancelled", None)
+    assert [method for method, _, _ in door.asked] == ["POST"]

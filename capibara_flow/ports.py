@@ -357,12 +357,12 @@ class Answer(Protocol):
         """Whether somebody asked the turn to stop."""
         ...
 
-    async def write(self, output: Output) -> None:
-        """Queue *output*; raises ``LeaseLost`` as soon as anybody else owns the branch."""
+    async def write(self, *outputs: Output) -> None:
+        """Queue *outputs*, which leave together; raises ``LeaseLost`` as soon as anybody else owns the branch, and ``TooLarge``."""
         ...
 
     async def finish(self, *outputs: Output) -> None:
-        """Write the last *outputs*, of which the very last is final, and wait until all is stored."""
+        """Write the last *outputs* of this owner, and wait until all is stored."""
         ...
 
     def until_cancelled(self) -> AbstractAsyncContextManager[None]:

@@ -91,14 +91,14 @@ class FakeAnswer:
         finally:
             self._scope = None
 
-    async def write(self, output: Output) -> None:
-        if self._lose_after is not None and len(self.outputs) >= self._lose_after:
-            raise LeaseLost("somebody else writes this answer now")
-        self.outputs.append(output)
+    async def write(self, *outputs: Output) -> None:
+        for output in outputs:
+            if self._lose_after is not None and len(self.outputs) >= self._lose_after:
+                raise LeaseLost("somebody else writes this answer now")
+            self.outputs.append(output)
 
     async def finish(self, *outputs: Output) -> None:
-        for output in outputs:
-            await self.write(output)
+        await self.write(*outputs)
         self.finished = True
 
 

@@ -99,8 +99,8 @@ class Attempt:
         try:
             await self._stream(answer, holds, account)
         except EngineFault:
-            if account.unseen:
-                await answer.finish(account.usage)  # what nobody saw would not be counted later
+            # What was made is not lost: the client gets it, and what nobody saw would not be counted later.
+            await answer.finish(*((account.usage,) if account.unseen else ()))
             raise
         except BadRequest:
             if account.way != "prefill" or not account.untold:
@@ -154,8 +154,8 @@ async def relay(pieces: AsyncGenerator[Piece, None], account: Account, answer: A
     """Write what *pieces* amount to, and close them whatever happens."""
     async with aclosing(pieces):
         async for piece in pieces:
-            for output in account.take(piece, clock()):
-                await answer.write(output)
+            if outputs := account.take(piece, clock()):
+                await answer.write(*outputs)
 
 
 async def _pass_on(stage: Stage, command: CallExpert, error: EngineFault, fact: ExpertCalled, pause: float) -> None:

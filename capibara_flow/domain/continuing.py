@@ -38,9 +38,27 @@ def held(said: Sequence[Output]) -> Held:
         calls=len(tokens) < len(kept),
         kept=len(kept),
         made=_made(said),
-        attempts=sum(isinstance(output, Continued | Reset) for output in said) + any(_is_piece(output) for output in said),
+        attempts=_attempts(said),
         ended=any(output.final for output in said),
     )
+
+
+def _attempts(said: Sequence[Output]) -> int:
+    """All attempts that are known: as many as were told, and those that said something since."""
+    known, going = 0, False
+    for output in said:
+        match output:
+            case Continued(attempt=attempt):
+                known, going = max(known + 1, attempt), True
+            case Reset():
+                known, going = known + 1, True
+            case Token() | ToolCalled():
+                known, going = known + (not going), True
+            case Usage(attempts=attempts):
+                known, going = max(known, attempts), False
+            case Waiting(stage="caller", attempt=following):
+                known, going = max(known, following - 1), False
+    return known
 
 
 def _made(said: Sequence[Output]) -> int:

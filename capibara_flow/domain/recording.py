@@ -161,10 +161,10 @@ def _takes(record: Record) -> Iterator[Take]:
         until = calls[place + 1].entry.when if place + 1 < len(calls) else float("inf")
         heard = [(entry.when, event) for entry, event in output if call.entry.when <= entry.when < until]
         fact = _fact(facts, call.message)
-        walk = _Walk(record, call, said, is_last=place + 1 == len(calls))
+        walk = _Walk(record, call, fact, said, is_last=place + 1 == len(calls))
         for when, event in heard:
             walk.hear(when - record.began, event)
-        walk.end(fact)
+        walk.end()
         yield from walk.takes
 
 
@@ -179,10 +179,11 @@ def _fact(facts: list[ExpertCalled], call: CallExpert) -> ExpertCalled | None:
 
 @dataclass
 class _Open:
-    """An attempt that goes on: what the client held when it began, and what was said since."""
+    """An attempt that goes on: what the client held when it began, its number if the client was told, and what was said since."""
 
     holds: Held
     way: Way = "fresh"
+    number: int | None = None
     pieces: list[Said] = field(default_factory=list)
 
     @property
@@ -191,15 +192,17 @@ class _Open:
 
 
 class _Walk:
-    """One call, output by output; *said* is all that the client got, and grows."""
+    """One call, output by output; *fact* tells how it ended, if anything does. *said* is all that the client got, and grows."""
 
-    def __init__(self, record: Record, call: Told[CallExpert], said: list[Output], *, is_last: bool) -> None:
-        self._record, self._call, self._said, self._is_last = record, call.message, said, is_last
+    def __init__(self, record: Record, call: Told[CallExpert], fact: ExpertCalled | None, said: list[Output], *, is_last: bool) -> None:
+        self._record, self._call, self._fact, self._said, self._is_last = record, call.message, fact, said, is_last
         self._expert = call.message.request.model or call.message.expert
         self._held = len(said), held(said)
         self._open = _Open(self._held[1])
         self._begun = False
         self._hidden_just_told = False
+        self._passing = ""  # why it was passed on
+        self._final: Usage | None = None
         self.takes: list[Take] = []
 
     def hear(self, at: float, output: Output) -> None:
@@ -213,20 +216,27 @@ class _Walk:
                 self._piece(Said(at=round(at, 6), loading=True))
             case Continued(how=how, attempt=attempt):
                 self._goes_on(how)
+                self._open.number = attempt
                 self._fill_before(attempt)
             case Reset():
                 self._goes_on("reset")
             case Waiting(stage="caller", title=title, reason=reason, attempt=attempt):
                 self._waits(title, reason, attempt)
-            case Usage() as usage if not self._is_final(usage):
+            case Usage() as usage if self._is_final(usage):
+                self._final = usage
+                return  # what the last attempt began with is without it
+            case Usage() as usage:
+                self._reach(usage.attempts, "skip")  # only of one that repeats is anything unseen
+                self._said.append(usage)  # the next one begins with it
                 self._close("failed", title=EngineBroke("").title, usage=usage)
                 self._hidden_just_told = True
+                return
         self._said.append(output)
 
     def _is_final(self, usage: Usage) -> bool:
         """Whether *usage* is told with the end, and not of an attempt whose words nobody saw."""
         last = next((output for _, output in reversed(list(self._record.said())) if isinstance(output, Usage)), None)
-        return last == usage and (isinstance(self._record.end, Done) or usage.attempts <= self._holds().attempts)
+        return last is usage and (isinstance(self._record.end, Done) or usage.attempts <= self._holds().attempts)
 
     def _piece(self, piece: Said) -> None:
         self._begun, self._hidden_just_told = True, False
@@ -239,6 +249,14 @@ class _Walk:
         self._open.way = way
         self._begun, self._hidden_just_told = True, False
 
+    def _reach(self, attempt: int, way: Way | None) -> None:
+        """What is told now is of the *attempt* of that number, which goes on this *way*: an open one that does not ended without a word."""
+        number = self._open.number
+        if self._open.shown and (number < attempt if number else way not in {None, self._open.way}):
+            self._close_silently()
+            self._open.way, self._begun = way or "fresh", True
+        self._fill_before(attempt)
+
     def _waits(self, title: str, reason: str, attempt: int) -> None:
         """The attempt before has failed, for this *reason*."""
         passes_on = not self._is_last and self._call.passed >= len(self._call.alternatives)
@@ -246,34 +264,40 @@ class _Walk:
         if self._hidden_just_told:
             self.takes[-1] = self.takes[-1].model_copy(update={"title": title, "detail": reason})
             self._hidden_just_told = False
-            return
-        if not passes_on or self._begun or len(self.takes) < failed:
+        elif passes_on and self._fact:
+            self._passing = reason
+        elif not passes_on or self._begun or len(self.takes) < failed:
+            self._reach(failed + self._call.passed, None)
             self._fill(failed - 1)
             self._close("failed", title=title, detail=reason)
 
-    def end(self, fact: ExpertCalled | None) -> None:
+    def end(self) -> None:
         """The call is over: it was passed on, or the turn ended."""
         if not self._is_last:
-            self._passed_on(fact)
+            self._passed_on()
             return
         match self._record.end:
             case Done(finish_reason="cancelled"):
-                if self._begun or fact is not None:
-                    self._fill_by(fact)
+                if self._fact:
+                    self._reach(self._fact.attempt, self._fact.continued or "fresh")
+                if self._begun or self._fact:
+                    self._fill_by_number()
                     self._close("stopped", usage=self._usage())
             case Done(finish_reason=reason, cached=cached):
-                self._fill_by(fact)
+                self._fill_by_number()
                 self._close("finished", reason=reason, usage=self._usage(), cached=bool(cached), last=True)
             case Failed() as failed:
                 self._failed(failed)
 
-    def _passed_on(self, fact: ExpertCalled | None) -> None:
+    def _passed_on(self) -> None:
+        fact = self._fact
         title = fact.outcome.removeprefix(PASSED_ON) if fact else EngineBroke("").title
         if self._hidden_just_told:
             self.takes[-1] = self.takes[-1].model_copy(update={"title": title})
         elif fact and (self._begun or len(self.takes) < fact.attempt - self._call.passed):
-            self._fill_before(fact.attempt)
-            self._close("failed", title=title)
+            self._reach(fact.attempt, fact.continued or "fresh")
+            self._fill(int(title == EngineBroke("").title))  # one that breaks for the first time is asked again
+            self._close("failed", title=title, detail=self._passing)
 
     def _failed(self, failed: Failed) -> None:
         letter = next((each.message for each in self._record.dead if each.message.stage == "caller"), None)
@@ -283,9 +307,9 @@ class _Walk:
         elif self._begun:
             self._close("late", last=True)
 
-    def _fill_by(self, fact: ExpertCalled | None) -> None:
-        usage = self._usage()
-        self._fill_before(fact.attempt if fact else usage.attempts if usage else 1)
+    def _fill_by_number(self) -> None:
+        known = self._fact or self._usage()
+        self._fill_before(1 if known is None else known.attempt if isinstance(known, ExpertCalled) else known.attempts)
 
     def _fill_before(self, attempt: int) -> None:
         """This is the *attempt* of that number; the least that it can be after all that the client saw tells nothing."""
@@ -348,13 +372,13 @@ class _Walk:
         return self._held[1]
 
     def _usage(self) -> Usage | None:
-        return next((output for output in reversed(self._said) if isinstance(output, Usage)), None)
+        return self._final or next((output for output in reversed(self._said) if isinstance(output, Usage)), None)
 
 
 def _made(usage: Usage | None, holds: Held, way: Way, shown: int, *, cached: bool, finished: bool) -> tuple[tuple[int, int] | None, int]:
     """What an engine must have counted for *usage* to come out, or none; and how many pieces of it nobody saw."""
     if usage is None:
-        return None, int(way == "skip")
+        return None, int(way == "skip" and shown > 0)
     made = usage.completion_tokens if cached else max(0, usage.burnt_tokens - holds.made)
     hidden = max(0, made - shown)
     kept = holds.kept if way in {"prefill", "skip"} else 0

@@ -74,20 +74,20 @@ class FencedAnswer:
         finally:
             self._scope = None
 
-    async def write(self, output: Output) -> None:
+    async def write(self, *outputs: Output) -> None:
         while self._error is None and len(self._lines) > 4096:
             await self._wait()
         self._raise()
-        line = output.line()
-        if len(line) > _MAX_BATCH and not fits(self._hub.client, line):
-            raise TooLarge(f"an output of {len(line)} bytes is more than the broker takes at once")
-        self._lines.append(line)
-        if self._flying is None:
+        lines = [output.line() for output in outputs]
+        for line in lines:
+            if len(line) > _MAX_BATCH and not fits(self._hub.client, line):
+                raise TooLarge(f"an output of {len(line)} bytes is more than the broker takes at once")
+        self._lines += lines
+        if self._flying is None and self._lines:
             self._send()
 
     async def finish(self, *outputs: Output) -> None:
-        for output in outputs:
-            await self.write(output)
+        await self.write(*outputs)
         while self._error is None and (self._flying is not None or self._lines):
             await self._wait()
         self._raise()

@@ -149,6 +149,24 @@ def test_what_was_said_counts_against_the_limit() -> None:
     assert limited(asked, 5).sampling == Sampling(max_tokens=5)
 
 
+def test_attempts_are_counted_from_what_is_known_of_them() -> None:
+    one, goes_on = Token(turn=T, text="a"), Continued(turn=T, how="skip", expert="e", attempt=4)
+    waits = Waiting(turn=T, stage="caller", title="busy", reason="full", attempt=3)
+    unseen, queued = Usage(turn=T, attempts=7), waits.model_copy(update={"stage": "router", "attempt": 9})
+    told: list[tuple[list[Output], int]] = [
+        ([], 0),
+        ([queued], 0),
+        ([one, one], 1),
+        ([one, Reset(turn=T, reason="x"), one], 2),
+        ([waits, one], 3),
+        ([waits, one, goes_on, one], 4),
+        ([goes_on, one, waits], 4),
+        ([goes_on, one, unseen], 7),
+        ([unseen, Reset(turn=T, reason="x")], 8),
+    ]
+    assert [held(said).attempts for said, _ in told] == [attempts for _, attempts in told]
+
+
 def test_usage_adds_up_over_attempts() -> None:
     said: list[Output] = [Token(turn=T, text=word) for word in ("a", "b", "c")]
     went_on = collected(run([Text("d"), Tally(10, 1), Finish("stop")], said, way="prefill"))

@@ -139,7 +139,8 @@ async def test_finish_waits_until_all_is_stored(rig: Rig):
     client = await line(rig, "caller")
     hub, acks = await rig.answers(client), Acks(client)
     async with hub.open("T1", "main") as answer:
-        finishing = asyncio.create_task(answer.finish(token("a"), DONE))
+        await answer.write(token("a"))
+        finishing = asyncio.create_task(answer.finish(DONE))
         for stored in ([], ["a"]):  # the first batch is acknowledged, and then the second
             await until(lambda: acks.held)
             await flushed(client)
@@ -147,6 +148,16 @@ async def test_finish_waits_until_all_is_stored(rig: Rig):
             acks.release()
         await finishing
     assert [output for batch in await rig.said("T1") for output in batch] == [token("a"), DONE]
+
+
+async def test_what_is_written_together_is_stored_together(rig: Rig):
+    hub = await rig.answers(await line(rig, "caller"))
+    async with hub.open("T1", "main") as answer:
+        await answer.write(token("a"), token("b"))
+        await answer.write()
+        await answer.finish(token("c"), DONE)
+        await answer.finish()
+    assert await rig.said("T1") == [[token("a"), token("b")], [token("c"), DONE]]
 
 
 async def test_a_writer_waits_for_a_broker_that_is_slow(rig: Rig):
@@ -382,7 +393,8 @@ async def test_a_late_acknowledgement_is_not_taken_for_that_of_the_next_batch(ri
     client = await line(rig, "caller")
     hub, acks, sent = await rig.answers(client), Acks(client), lose(client, 1)
     async with hub.open("T1", "main") as answer:
-        finishing = asyncio.create_task(answer.finish(token("a"), token("b")))
+        await answer.write(token("a"))
+        finishing = asyncio.create_task(answer.finish(token("b")))
         await until(lambda: len(sent) == 2)  # "a" was found in the stream, "b" is lost on its way
         acks.release()
         acks.open()

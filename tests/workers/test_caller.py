@@ -172,6 +172,7 @@ async def test_after_a_fault_an_engine_that_repeats_itself_is_heard_once(start: 
     await stand.until_settled()
     outputs = answers.outputs
     assert len(answers.opened) == engine.closings == 2
+    assert all(answer.finished for answer in answers.opened)  # what was made before the fault is not lost
     assert not any(isinstance(output, Reset) for output in outputs)
     assert [output.how for output in outputs if isinstance(output, Continued)] == (["skip"] if after else [])
     assert texts(outputs) == ["a", "b"]
@@ -402,11 +403,11 @@ class Blocked(FakeAnswer):
         self.full = asyncio.Event()
         self._most = most
 
-    async def write(self, output: Output) -> None:
+    async def write(self, *outputs: Output) -> None:
         if len(self.outputs) == self._most:
             self.full.set()
             await asyncio.Event().wait()
-        await super().write(output)
+        await super().write(*outputs)
 
 
 def account() -> Account:

@@ -167,8 +167,8 @@ class Queued(Output):
 
     @property
     def dedupe(self) -> str:
-        """Told once for each expert and place."""
-        return f"{self.turn}:queued:{self.expert}:{self.position}"
+        """Told once for each expert and power of two below which the place is: again each time that it has halved."""
+        return f"{self.turn}:queued:{self.expert}:{self.position.bit_length()}"
 
 
 class Usage(Output):

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any
 
@@ -29,7 +29,7 @@ Ensure = Callable[[Consumer], Callable[[], Awaitable[None]]]
 
 _FRESH = 0.25  # seconds for which a look at a queue is believed
 _UNTOLD = 0.15  # seconds until whoever has taken a call has reported it, if it took his last hand
-_SHORT = 0.2  # seconds: a wait that is over before anybody has read of it is not told
+SHORT = 0.2  # seconds: a wait that is over before anybody has read of it is not told
 
 
 class Queues:
@@ -167,7 +167,7 @@ class Waits:
         turns = Counter(look.turns) + Counter(since)
         found = self._place(command, tenant, desks, _waiting(turns, desks))
         known = found.seconds > 0
-        return () if known and found.seconds < _SHORT else (_queued(command, found),)
+        return () if known and found.seconds < SHORT else (queued(command.turn, command.request.model or command.expert, found),)
 
     async def _look(self, expert: str) -> _Look:
         """The queue of *expert*, as it is now or was a moment ago."""
@@ -187,12 +187,38 @@ class Waits:
 
     def _place(self, command: CallExpert, tenant: str, desks: list[Desk], waiting: Mapping[str, int]) -> Place:
         tenants = dict(self._lanes.of(command.expert)) | {command.lane: tenant}
-        shares = shared(waiting, desks, {lane: self._weights.get(name, 1.0) for lane, name in tenants.items()})
-        before = PRIORITIES[: PRIORITIES.index(command.priority) + 1]
-        ahead = sum(waiting.get(lane_of(command.bucket, priority), 0) for priority in before)
-        lanes = [lane_of(command.bucket, priority) for priority in PRIORITIES]
-        fresh = not ahead and not any(desk.work.get(lane) for desk in desks for lane in lanes)
-        return place(command.bucket, ahead, shares, together(desks, self._clock()), fresh=fresh)
+        weights = {lane: self._weights.get(name, 1.0) for lane, name in tenants.items()}
+        return Line(waiting, desks, weights, self._clock()).place(command.lane, waiting.get(command.lane, 0))
+
+
+@dataclass(frozen=True)
+class Line:
+    """Who waits for an expert: how many turns, by lane; the *desks* where others are at work; the *weights* of lanes; all as of *now*."""
+
+    waiting: Mapping[str, int]
+    desks: list[Desk]
+    weights: Mapping[str, float]
+    now: float
+
+    @cached_property
+    def _shares(self) -> dict[int, Share]:
+        return shared(self.waiting, self.desks, self.weights)
+
+    @cached_property
+    def _hands(self) -> Hands:
+        return together(self.desks, self.now)
+
+    @cached_property
+    def _at_work(self) -> set[str]:
+        return {lane for desk in self.desks for lane, count in desk.work.items() if count}
+
+    def place(self, lane: str, behind: int) -> Place:
+        """The place of a turn in *lane* that has so many of its lane before it."""
+        bucket, priority = bucket_of(lane)
+        urgent = PRIORITIES[: PRIORITIES.index(priority)]
+        ahead = behind + sum(self.waiting.get(lane_of(bucket, each), 0) for each in urgent)
+        fresh = not ahead and not self._at_work.intersection(lane_of(bucket, each) for each in PRIORITIES)
+        return place(bucket, ahead, self._shares, self._hands, fresh=fresh)
 
 
 def shared(waiting: Mapping[str, int], desks: list[Desk], weights: Mapping[str, float]) -> dict[int, Share]:
@@ -242,7 +268,7 @@ def _waiting(turns: Mapping[str, int], desks: list[Desk]) -> dict[str, int]:
     return left
 
 
-def _queued(command: CallExpert, found: Place) -> Queued:
-    name = command.request.model or command.expert
+def queued(turn: str, expert: str, found: Place) -> Queued:
+    """What the client of *turn* is told of the place that was *found* for it."""
     eta = round(found.seconds, 2 if found.seconds < 10 else 1) if found.seconds > 0 else None
-    return Queued(turn=command.turn, expert=name, position=found.position, eta_s=eta)
+    return Queued(turn=turn, expert=expert, position=found.position, eta_s=eta)

@@ -26,6 +26,7 @@ from capibara_flow.runtime.holdings import Holdings
 from capibara_flow.runtime.joining import Join
 from capibara_flow.runtime.lanes import Lanes
 from capibara_flow.runtime.peers import QUEUE, Peers
+from capibara_flow.runtime.places import Places
 from capibara_flow.runtime.queues import Queues, Waits
 from capibara_flow.runtime.readers import Absences
 from capibara_flow.runtime.recalling import Recall
@@ -84,6 +85,9 @@ async def _router_needs(settings: Settings, client: TokenClient, stack: AsyncExi
     stack.push_async_callback(holdings.stop)
     grounding = {"has_documents": holdings, "grounding_seconds": settings.knowledge.seconds}
     waiting = {"lanes": lanes, "waits": Waits(client, peers, lanes, weights)}
+    places = Places(client, peers, lanes, weights, lambda: [expert.name for expert in fleet.value.active])
+    places.start()
+    stack.push_async_callback(places.stop)
     consumer = tuned(router_consumer(), settings)
     needs = {"understand": understanding, "choices": choices, "consumer": consumer, "permits": settings.worker.router_permits}
     needs |= grounding | waiting

@@ -45,7 +45,7 @@ class House:
     url: str
     session: ClientSession
     begun: list[str] = field(default_factory=list)
-    queued: dict[str, dict[str, Any]] = field(default_factory=dict)
+    queued: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     async def ask(self, who: str, name: str, path: str = "/api/chat", **more: Any) -> None:
         """Ask as *who*; *name* is remembered once the answer begins, and what was told of the place in line."""
@@ -56,7 +56,7 @@ class House:
             async for line in response.content:
                 event = line[7:].decode().strip() if line.startswith(b"event: ") else event
                 if event == "queued" and line.startswith(b"data: "):
-                    self.queued[name] = json.loads(line[6:])
+                    self.queued.setdefault(name, []).append(json.loads(line[6:]))
                 elif name not in self.begun and (event == "token" or b'"content":"one' in line):
                     self.begun.append(name)
 
@@ -92,10 +92,23 @@ async def test_a_heavy_tenant_does_not_keep_a_light_one_waiting(house: House) ->
     assert house.begun.index("L") <= 4  # it was not behind all eight
     await asyncio.gather(*heavy)
     assert len(house.begun) == 9
-    told = list(house.queued.values())
+    told = [first for first, *_ in house.queued.values()]
     assert len(told) >= 6
     assert {each["expert"] for each in told} == {"slow"}
     assert max(each["position"] for each in told) >= 5
+
+
+async def test_who_waits_for_long_hears_of_his_place_again(house: House) -> None:
+    asking = [asyncio.create_task(house.ask("heavy", "long one"))]
+    await until(lambda: house.begun)
+    asking.append(asyncio.create_task(house.ask("heavy", "long two")))
+    await until(lambda: house.queued)
+    asking.append(asyncio.create_task(house.ask("heavy", "H")))
+    await until(lambda: [told["position"] for told in house.queued.get("H", [])] == [2, 1])
+    assert "H" not in house.begun
+    for each in asking:
+        each.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
 
 
 async def test_what_is_urgent_to_a_tenant_goes_first_in_both_dialects(house: House) -> None:

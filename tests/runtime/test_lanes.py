@@ -18,6 +18,7 @@ from capibara_flow.runtime.gating import Gate
 from capibara_flow.runtime.hops import Stage
 from capibara_flow.runtime.lanes import Lanes
 from capibara_flow.runtime.peers import QUEUE, Peers
+from capibara_flow.runtime.places import Places
 from capibara_flow.runtime.queues import Queues, Waits
 from capibara_flow.runtime.reports import Reporter
 from capibara_flow.runtime.work import attempt, delivered
@@ -26,7 +27,7 @@ from tests.waiting import until
 from topics.chat import CallExpert, Priority
 from topics.flow import hop
 from topics.message import TENANT
-from topics.output import Failed
+from topics.output import Failed, Queued
 from topics.streams import CALLS, LANES, Consumer, caller_consumer, every_stream, lane_key
 
 
@@ -431,4 +432,39 @@ async def test_who_has_to_wait_is_told_his_place_and_who_does_not_is_not(rig: Ri
     assert await told("T4", 1) == [5]
     for _ in range(6):
         caller.steps.release()
+    await settled(rig)
+
+
+async def test_who_waits_hears_of_his_place_again_until_somebody_begins(rig: Rig, sender: Sender, stack: AsyncExitStack):
+    caller = await Process(rig, "a").run(stack)
+    peers = Peers(sender.client)
+    await peers.start()
+    turns = [f"T{number}" for number in range(6)]
+    for turn in turns:
+        await sender.send(turn, 1)
+    await until(lambda: caller.begun == ["T0"] and [desk.work for desk in peers.of("phi")] == [{"1": 1}])
+    for _ in range(2):  # as two routers
+        places = Places(sender.client, peers, sender.lanes, {}, lambda: ["phi", "nobody"], every=0.05)
+        places.start()
+        stack.push_async_callback(places.stop)
+
+    async def told() -> list[list[int]]:
+        said = [[output for batch in await rig.said(turn) for output in batch] for turn in turns]
+        return [[output.position for output in each if isinstance(output, Queued)] for each in said]
+
+    async def heard(*positions: list[int]) -> None:
+        async def so() -> bool:
+            return await told() == list(positions)
+
+        await until(so)
+
+    await heard([], [1], [2], [3], [4], [5])
+    await caller.step()  # T1
+    await heard([], [1], [2, 1], [3], [4, 3], [5])
+    async with (await rig.answers(await line(rig, "caller"))).open("T3", "main"):  # somebody begins who reports nothing
+        await caller.step()
+        await heard([], [1], [2, 1], [3], [4, 3], [5, 3])
+        await caller.step()
+        await heard([], [1], [2, 1], [3], [4, 3, 1], [5, 3])
+    caller.release(3)
     await settled(rig)

@@ -11,14 +11,13 @@ import pytest
 from nats.js.api import ConsumerConfig
 
 from capibara_flow.errors import BrokerUnavailable
-from capibara_flow.runtime import brokers, lanes, provision
+from capibara_flow.runtime import brokers, lanes, places, provision
 from capibara_flow.runtime.client import flushed
 from capibara_flow.runtime.erasing import erase
 from capibara_flow.runtime.gating import Gate
 from capibara_flow.runtime.hops import Stage
 from capibara_flow.runtime.lanes import Lanes
 from capibara_flow.runtime.peers import QUEUE, Peers
-from capibara_flow.runtime.places import Places
 from capibara_flow.runtime.queues import Queues, Waits
 from capibara_flow.runtime.reports import Reporter
 from capibara_flow.runtime.work import attempt, delivered
@@ -435,7 +434,10 @@ async def test_who_has_to_wait_is_told_his_place_and_who_does_not_is_not(rig: Ri
     await settled(rig)
 
 
-async def test_who_waits_hears_of_his_place_again_until_somebody_begins(rig: Rig, sender: Sender, stack: AsyncExitStack):
+async def test_who_waits_hears_of_his_place_again_until_somebody_begins(
+    rig: Rig, sender: Sender, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(places, "SHORT", 0.0)  # calls are short here, and it is told all the same
     caller = await Process(rig, "a").run(stack)
     peers = Peers(sender.client)
     await peers.start()
@@ -444,9 +446,9 @@ async def test_who_waits_hears_of_his_place_again_until_somebody_begins(rig: Rig
         await sender.send(turn, 1)
     await until(lambda: caller.begun == ["T0"] and [desk.work for desk in peers.of("phi")] == [{"1": 1}])
     for _ in range(2):  # as two routers
-        places = Places(sender.client, peers, sender.lanes, {}, lambda: ["phi", "nobody"], every=0.05)
-        places.start()
-        stack.push_async_callback(places.stop)
+        told_by = places.Places(sender.client, peers, sender.lanes, {}, lambda: ["phi", "nobody"], every=0.05)
+        told_by.start()
+        stack.push_async_callback(told_by.stop)
 
     async def told() -> list[list[int]]:
         said = [[output for batch in await rig.said(turn) for output in batch] for turn in turns]

@@ -19,7 +19,7 @@ from topics.chat import CallExpert, ChatMessage, ChatRequest, ContentPart, Sampl
 from topics.grounding import RetrieveSources
 from topics.knowledge import DEFAULT_COLLECTION, Collection
 from topics.message import Command
-from topics.output import Routed, known
+from topics.output import Routed, SourcesFound, known
 from topics.streams import subject_token
 
 Stage = Literal["router", "retriever", "caller"]
@@ -164,9 +164,9 @@ def _is_upstream(entry: Entry, stage: Stage) -> bool:
 
 
 def _opens(line: bytes, stage: Stage) -> bool:
-    """Whether *line* was told before *stage*, and before any answer."""
+    """Whether *line* was told before *stage*, and before any answer. A place in a line is not: the new turn has its own."""
     output = known(line)
-    return output is not None and output.opening and (stage == "caller" or isinstance(output, Routed))
+    return isinstance(output, Routed | SourcesFound if stage == "caller" else Routed)
 
 
 def _refuse_elsewhere(stage: Stage, keys: set[str]) -> None:

@@ -5,11 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capibara_flow.domain.context import context
-from capibara_flow.domain.forking import KEYS, changed, forked, parse, renamed
+from capibara_flow.domain.forking import KEYS, changed, copies, forked, parse, renamed
 from capibara_flow.domain.record import Entry, Record
 from capibara_flow.errors import BadRequest
 from topics.chat import CallExpert, ChatMessage, ChatRequest, RouteTurn, Sampling
 from topics.knowledge import Passage, Source
+from topics.output import Queued, Routed, SourcesFound, Token
+from topics.output import parse as parse_output
 
 OLD, NEW = "01JD3Y4S0QK5M7C2V9N8X1B6TZHRWE4F", "01JD3Y4S0QK5M7C2V9N8X1B6TZHRWE4G"
 HOLA = ChatRequest(messages=(ChatMessage(role="user", content="hola"),))
@@ -89,6 +91,16 @@ def _grounded() -> Record:
     logged = [(f"cf.log.{OLD}.asked.router", asked), (f"cf.log.{OLD}.asked.call.phi.0", call)]
     entries = [Entry("CF_LOG", n, float(n), subject, {}, each.model_dump_json().encode()) for n, (subject, each) in enumerate(logged)]
     return Record(OLD, tuple(entries))
+
+
+def test_what_was_told_before_an_expert_had_it_is_copied_but_for_places_in_a_line():
+    routed = Routed(turn=OLD, model_id="phi", route_name="r", complexity="simple", confidence=1, reasoning="x")
+    said = [routed, Queued(turn=OLD, expert="phi", position=3), SourcesFound(turn=OLD, sources=()), Token(turn=OLD, text="hi")]
+    lines = b"\n".join(each.line() for each in said)
+    entries = (*_grounded().entries, Entry("CF_OUT", 9, 9.0, f"cf.out.{OLD}.data.main", {}, lines))
+    sent = {stage: [each.data for each in copies(Record(OLD, entries), NEW, stage) if each.opening] for stage in ("retriever", "caller")}
+    assert sent["retriever"] == [routed.line().replace(OLD.encode(), NEW.encode())]
+    assert [parse_output(each).event for each in sent["caller"]] == ["routed", "sources"]
 
 
 def test_a_source_can_be_left_out():

@@ -167,7 +167,7 @@ class Queued(Output):
 
     @property
     def dedupe(self) -> str:
-        """Told once for each expert and power of two below which the place is: again each time that it has halved."""
+        """Told once for each expert and power of two that the place is below: 15, 7, 3, 1."""
         return f"{self.turn}:queued:{self.expert}:{self.position.bit_length()}"
 
 

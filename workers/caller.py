@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from faststream import FastStream
@@ -12,7 +12,7 @@ from faststream.nats import NatsBroker
 from capibara_flow.domain.answering import Account
 from capibara_flow.domain.continuing import Held, Way, continuing, held, limited, tokens_left, way_on
 from capibara_flow.domain.grounding import citations, grounded
-from capibara_flow.errors import BadRequest, EngineBroke, EngineFault, QueueFull, UnknownExpert
+from capibara_flow.errors import BadRequest, BrokerUnavailable, EngineBroke, EngineFault, QueueFull, UnknownExpert
 from capibara_flow.ports import Answer, Answers, ChatEngine, Finish, Piece
 from capibara_flow.runtime.gating import Gate
 from capibara_flow.runtime.hops import Stage
@@ -100,7 +100,8 @@ class Attempt:
             await self._stream(answer, holds, account)
         except EngineFault:
             # What was made is not lost: the client gets it, and what nobody saw would not be counted later.
-            await answer.finish(*((account.usage,) if account.unseen else ()))
+            with suppress(BrokerUnavailable):  # why it broke matters more
+                await answer.finish(*((account.usage,) if account.unseen else ()))
             raise
         except BadRequest:
             if account.way != "prefill" or not account.untold:

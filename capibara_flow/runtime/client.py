@@ -16,6 +16,8 @@ from nats.aio.subscription import Subscription
 from nats.errors import ConnectionClosedError, OutboundBufferLimitError
 from nats.errors import Error as NatsError
 
+from capibara_flow.runtime.tasks import ended
+
 #: Takes subject, raw headers (empty when there are none) and data, at once: whatever comes behind it waits.
 Hear = Callable[[bytes, bytes, bytes], None]
 #: Bytes that the system has not taken yet, from which on nats-py's flusher waits for it: asyncio's own limit.
@@ -64,9 +66,8 @@ async def closed(client: Client) -> None:
     except asyncio.CancelledError:  # of the search, when both waited for the end of the old connection
         if (current := asyncio.current_task()) and current.cancelling():
             raise
-    while search and not search.done() and search is not asyncio.current_task():
-        search.cancel()  # again: `wait_for` of Python 3.11 swallows it when a connection was refused just then
-        await asyncio.wait([search], timeout=0.05)
+    if search is not asyncio.current_task():
+        await ended(search, again=0.05)
 
 
 async def flushed(client: Client, seconds: float = 10) -> None:

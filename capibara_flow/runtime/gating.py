@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from capibara_flow.domain.health import takes_work
+from capibara_flow.runtime.tasks import ended
 from capibara_flow.telemetry import log
 
 
@@ -71,10 +72,8 @@ class Gatekeeper:
 
     async def stop(self) -> None:
         """Keep them no more; they stay as they are."""
-        if self._task:
-            self._task.cancel()
-            await asyncio.wait({self._task})
-            self._task = None
+        await ended(self._task)
+        self._task = None
 
     async def _keep(self) -> None:
         while True:

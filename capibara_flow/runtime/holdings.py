@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
+from capibara_flow.runtime.tasks import ended
+
 
 class Holdings:
     """Reads *reports* every few seconds and remembers which tenants have documents.
@@ -26,10 +28,8 @@ class Holdings:
 
     async def stop(self) -> None:
         """Read no more."""
-        if self._task:
-            self._task.cancel()
-            await asyncio.wait({self._task})
-            self._task = None
+        await ended(self._task)
+        self._task = None
 
     async def _read(self) -> None:
         while True:

@@ -14,6 +14,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
+from capibara_flow.runtime.tasks import ended
 from capibara_flow.telemetry import log
 
 _NANO = 1_000_000_000
@@ -66,9 +67,7 @@ class Inlet:
     async def shut(self) -> None:
         """Ask for nothing; what came before the broker knows is given back."""
         self._open = False
-        if self._renewal and not self._renewal.done():
-            self._renewal.cancel()
-            await asyncio.wait({self._renewal})
+        await ended(self._renewal)
         await self._hang_up()
 
     async def _hang_up(self) -> None:

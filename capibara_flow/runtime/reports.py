@@ -15,6 +15,7 @@ from capibara_flow.errors import BrokerUnavailable
 from capibara_flow.runtime.bucket import REMOVED
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.output import batch
+from capibara_flow.runtime.tasks import ended
 from capibara_flow.telemetry import log
 from topics.streams import REPORT_SECONDS, REPORTS, report_key, subject_token
 
@@ -60,8 +61,7 @@ class Reporter:
     async def stop(self) -> None:
         """Tell no more, and let the last report vanish."""
         if self._task:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            await ended(self._task)
             self._task = None
             await self._put(b"", REMOVED)
 

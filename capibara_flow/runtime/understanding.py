@@ -12,6 +12,7 @@ from capibara_flow.domain.routes import DEFAULT, Routes
 from capibara_flow.domain.routing import Understood
 from capibara_flow.domain.subjects import subject_of
 from capibara_flow.ports import Embedder, Vectors
+from capibara_flow.runtime.tasks import ended
 from capibara_flow.runtime.watching import Watched
 from capibara_flow.settings import SettingsError
 from capibara_flow.telemetry import log
@@ -105,9 +106,7 @@ class Understanding:
 
     async def aclose(self) -> None:
         """Let the model go."""
-        if self._learning:
-            self._learning.cancel()
-            await asyncio.wait({self._learning})
+        await ended(self._learning)
         if self._watched:
             await self._watched.stop()
         if self._tools:

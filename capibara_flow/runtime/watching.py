@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from capibara_flow.errors import CapibaraError, Transient
+from capibara_flow.runtime.tasks import ended
 from capibara_flow.settings import SettingsError
 from capibara_flow.telemetry import log
 
@@ -61,10 +62,8 @@ class Watched(Generic[Held]):
 
     async def stop(self) -> None:
         """Look no more."""
-        if self._task:
-            self._task.cancel()
-            await asyncio.wait({self._task})
-            self._task = None
+        await ended(self._task)
+        self._task = None
 
     async def check(self) -> bool:
         """Look now, and take what is there at once; whether it was new and good."""

@@ -28,6 +28,10 @@ SCRIPT = f"""
 text = "one two"
 delay_ms = 60
 [[answer]]
+when = "^endless"
+text = "one{" more" * 200}"
+delay_ms = 60
+[[answer]]
 when = "^long"
 text = "one{" more" * 50}"
 delay_ms = 60
@@ -99,9 +103,9 @@ async def test_a_heavy_tenant_does_not_keep_a_light_one_waiting(house: House) ->
 
 
 async def test_who_waits_for_long_hears_of_his_place_again(house: House) -> None:
-    asking = [asyncio.create_task(house.ask("heavy", "long one"))]
+    asking = [asyncio.create_task(house.ask("heavy", "long"))]
     await until(lambda: house.begun)
-    asking.append(asyncio.create_task(house.ask("heavy", "long two")))
+    asking.append(asyncio.create_task(house.ask("heavy", "endless")))
     await until(lambda: house.queued)
     asking.append(asyncio.create_task(house.ask("heavy", "H")))
     await until(lambda: [told["position"] for told in house.queued.get("H", [])] == [2, 1])

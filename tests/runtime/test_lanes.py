@@ -470,3 +470,36 @@ async def test_who_waits_hears_of_his_place_again_until_somebody_begins(
         await heard([], [1], [2, 1], [3], [4, 3, 1], [5, 3])
     caller.release(3)
     await settled(rig)
+
+
+async def test_who_comes_late_by_an_old_name_stands_behind_those_who_wait(
+    rig: Rig, sender: Sender, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(places, "SHORT", 0.0)
+    caller = await Process(rig, "a").run(stack)
+    peers = Peers(sender.client)
+    await peers.start()
+    told_by = places.Places(sender.client, peers, sender.lanes, {}, lambda: ["phi"], every=0.05)
+    stack.push_async_callback(told_by.stop)
+    told_by.start()
+
+    async def told(turn: str) -> list[int]:
+        return [output.position for batch in await rig.said(turn) for output in batch if isinstance(output, Queued)]
+
+    async def heard(turn: str, *positions: int) -> None:
+        async def so() -> bool:
+            return await told(turn) == list(positions)
+
+        await until(so)
+
+    for turn in ("T2", "T3", "T4"):
+        await sender.send(turn, 1)
+    await heard("T4", 2)
+    await sender.send("T1", 1)  # asked first, but its sources took their time
+    await heard("T1", 3)
+    await caller.step()
+    await heard("T4", 2, 1)
+    assert await told("T3") == [1]
+    assert await told("T2") == []
+    caller.release(3)
+    await settled(rig)

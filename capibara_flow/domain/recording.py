@@ -200,7 +200,7 @@ class _Walk:
         self._held = len(said), held(said)
         self._open = _Open(self._held[1])
         self._begun = False
-        self._hidden_just_told = False
+        self._hidden: int | None = None  # the number of an attempt of which nothing was seen, while nothing else has been heard
         self._passing = ""  # why it was passed on
         self._final: Usage | None = None
         self.takes: list[Take] = []
@@ -228,8 +228,8 @@ class _Walk:
             case Usage() as usage:
                 self._reach(usage.attempts, "skip")  # only of one that repeats is anything unseen
                 self._said.append(usage)  # the next one begins with it
-                self._close("failed", title=EngineBroke("").title, usage=usage)
-                self._hidden_just_told = True
+                self._close("failed", title=EngineBroke("").title, usage=usage, lasted=bool(self.takes))
+                self._hidden = usage.attempts
                 return
         self._said.append(output)
 
@@ -239,7 +239,7 @@ class _Walk:
         return last is usage and (isinstance(self._record.end, Done) or usage.attempts <= self._holds().attempts)
 
     def _piece(self, piece: Said) -> None:
-        self._begun, self._hidden_just_told = True, False
+        self._begun, self._hidden = True, None
         self._open.pieces.append(piece)
 
     def _goes_on(self, way: Way) -> None:
@@ -247,7 +247,7 @@ class _Walk:
         if self._open.shown:
             self._close_silently()
         self._open.way = way
-        self._begun, self._hidden_just_told = True, False
+        self._begun, self._hidden = True, None
 
     def _reach(self, attempt: int, way: Way | None) -> None:
         """What is told now is of the *attempt* of that number, which goes on this *way*: an open one that does not ended without a word."""
@@ -261,11 +261,11 @@ class _Walk:
         """The attempt before has failed, for this *reason*."""
         passes_on = not self._is_last and self._call.passed >= len(self._call.alternatives)
         failed = attempt - self._call.passed if passes_on else attempt - 1
-        if self._hidden_just_told:
-            self.takes[-1] = self.takes[-1].model_copy(update={"title": title, "detail": reason})
-            self._hidden_just_told = False
-        elif passes_on and self._fact:
+        if passes_on and self._fact:
             self._passing = reason
+        elif self._hidden is not None and failed + self._call.passed <= self._hidden:
+            self.takes[-1] = self.takes[-1].model_copy(update={"title": title, "detail": reason, "lasted": False})
+            self._hidden = None
         elif not passes_on or self._begun or len(self.takes) < failed:
             self._reach(failed + self._call.passed, None)
             self._fill(failed - 1)
@@ -292,12 +292,19 @@ class _Walk:
     def _passed_on(self) -> None:
         fact = self._fact
         title = fact.outcome.removeprefix(PASSED_ON) if fact else EngineBroke("").title
-        if self._hidden_just_told:
-            self.takes[-1] = self.takes[-1].model_copy(update={"title": title})
+        if self._hidden is not None and (fact is None or fact.attempt <= self._hidden):
+            last = self.takes.pop()
+            self._break_before(title)
+            self.takes.append(last.model_copy(update={"title": title, "detail": self._passing or last.detail}))
         elif fact and (self._begun or len(self.takes) < fact.attempt - self._call.passed):
             self._reach(fact.attempt, fact.continued or "fresh")
-            self._fill(int(title == EngineBroke("").title))  # one that breaks for the first time is asked again
+            self._break_before(title)
             self._close("failed", title=title, detail=self._passing)
+
+    def _break_before(self, title: str) -> None:
+        """An engine that breaks is asked again at once: only the second time the call is passed on with that *title*."""
+        if title == EngineBroke("").title:
+            self._fill(1)
 
     def _failed(self, failed: Failed) -> None:
         letter = next((each.message for each in self._record.dead if each.message.stage == "caller"), None)

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from capibara_flow.domain.answering import Account
 from capibara_flow.domain.capsule import changes
-from capibara_flow.domain.continuing import continuing, held, way_on
+from capibara_flow.domain.continuing import continuing, failing, held, way_on
 from capibara_flow.domain.fleet import Fleet
 from capibara_flow.domain.record import Entry, Record
 from capibara_flow.domain.recording import recorded
 from capibara_flow.engines.recorded import Played, RecordedEngine
-from capibara_flow.errors import EngineBroke, EngineBusy, EngineFault, EngineUnreachable, Transient
+from capibara_flow.errors import BadRequest, EngineBroke, EngineBusy, EngineFault, EngineUnreachable, Transient
 from capibara_flow.ports import Abilities, ChatEngine, Finish, Piece, Tally, Text
-from topics.chat import PASSED_ON, CallExpert, ChatMessage, ChatRequest, RouteTurn
+from topics.chat import PASSED_ON, CallExpert, ChatMessage, ChatRequest, RouteTurn, TurnFailed
 from topics.message import Message
 from topics.output import Output, Token, Waiting
 
@@ -57,7 +57,7 @@ class Scripted:
         self._tries, self._counts = iter(tries), counts
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Piece, None]:
-        self.now = next(self._tries)
+        self.now = next(self._tries, self.now)  # one that refuses to go on is asked to say all again
         last = request.messages[-1]
         words = _behind(last.text if last.role == "assistant" else "", self.now.words)
         for word in words if self.now.ends == "stop" else words[: self.now.said]:
@@ -66,6 +66,8 @@ class Scripted:
             raise FAULTS[self.now.ends](f"it is {self.now.ends}")
         if self.now.ends == "died":
             raise Died
+        if self.now.ends == "refused":
+            raise BadRequest("it does not take that")
         if self.now.ends == "stopped":
             self.quiet.set()
             await asyncio.Event().wait()
@@ -123,13 +125,23 @@ class Caller:
             common = {"turn": T, "branch": "main", "expert": command.expert, "started": 1.0}
             account = Account(**common, attempt=deliveries + tries + command.passed, holds=holds, way=way)
             try:
-                await self._attempt(engine.stream(continuing(REQUEST, holds) if way == "prefill" else REQUEST), account)
+                try:
+                    await self._attempt(engine.stream(continuing(REQUEST, holds) if way == "prefill" else REQUEST), account)
+                except BadRequest:
+                    if way != "prefill" or not account.untold:
+                        raise
+                    account = Account(**common, attempt=deliveries + tries + command.passed, holds=holds, way="skip")
+                    await self._attempt(engine.stream(REQUEST), account)
             except EngineFault as error:
                 if command.alternatives and (tries or not isinstance(error, EngineBroke)):
                     return self._pass_on(command, account, error, deliveries + tries)
                 tries += 1
                 if tries > 1 and not self._now().lasted:
                     self._wait(error, deliveries + tries)
+            except BadRequest as error:
+                dead = TurnFailed(turn=T, stage="caller", title=error.title, detail=str(error), body="")
+                self._keep(*failing(T, self._said, error), dead)
+                return None
             except Died:
                 deliveries, tries = deliveries + 1, 0
             except Transient:  # a process that died, as it is played
@@ -175,7 +187,10 @@ async def played(record: Record, alternatives: Sequence[str], abilities: Abiliti
     """The turn of *record* once more, from what is read out of it."""
     again = Played(recorded(record, FLEET))
     engines = {name: RecordedEngine(name, abilities, lambda: again, lambda: None, 0.0) for name in EXPERTS}
-    return await Caller(engines.__getitem__, again.quiet, Try, again.hears).turn(*alternatives)
+    takes = again.recording.takes
+    return await Caller(engines.__getitem__, again.quiet, lambda: Try(lasted=takes[again._next - 1].lasted), again.hears).turn(
+        *alternatives
+    )
 
 
 tries = st.builds(
@@ -186,7 +201,7 @@ tries = st.builds(
     lasted=st.booleans(),
 )
 ends = st.builds(
-    Try, said=st.integers(0, len(WORDS)), ends=st.sampled_from(["stop", "stopped"]), words=st.sampled_from([WORDS, OTHER_WORDS])
+    Try, said=st.integers(0, len(WORDS)), ends=st.sampled_from(["stop", "stopped", "refused"]), words=st.sampled_from([WORDS, OTHER_WORDS])
 )
 
 
@@ -196,7 +211,7 @@ ends = st.builds(
 @example(  # all that the first attempt made was seen, and nothing of the second, before another expert says something else
     begun=[Try(2), Try(2)], end=Try(ends="stop", words=OTHER_WORDS), alternatives=("other",), prefill=False, counts=True
 )
-@settings(max_examples=300)
+@settings(max_examples=500)
 def test_what_went_wrong_goes_wrong_again(begun: list[Try], end: Try, alternatives: tuple[str, ...], prefill: bool, counts: bool):
     # An engine that breaks after a process died is asked again by the next process; played by one, the next expert is.
     assume(not alternatives or not any(each.ends == "died" for each in begun))

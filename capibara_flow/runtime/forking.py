@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from capibara_flow.domain.forking import Sent
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.lanes import Lanes
-from capibara_flow.runtime.lease import behind
+from capibara_flow.runtime.lease import unbegun
 from capibara_flow.runtime.output import asking, publish_once
 from topics.message import TENANT
 
@@ -21,6 +21,6 @@ async def publish(client: TokenClient, messages: Sequence[Sent], headers: Mappin
             await Lanes(client).announce(each.call, headers[TENANT])  # else nobody may look where it waits
         own = {"Nats-Msg-Id": each.dedupe, "content-type": "application/json"} | each.headers
         if each.opening:
-            own |= behind(0, each.subject.replace(".data.", ".lease.", 1))  # nobody has begun to answer
+            own |= unbegun(each.subject)
         with asking():
             await publish_once(client, jetstream, each.subject, each.data, own | dict(headers))

@@ -27,7 +27,7 @@ from capibara_flow.ports import Answers
 from capibara_flow.runtime import work
 from capibara_flow.runtime.gating import Gate
 from capibara_flow.runtime.lanes import Lanes
-from capibara_flow.runtime.lease import WRONG_SEQUENCE, behind
+from capibara_flow.runtime.lease import WRONG_SEQUENCE, unbegun
 from capibara_flow.runtime.output import FULL, fits, publish_once
 from capibara_flow.runtime.provision import ensure_consumer, ensure_stream
 from capibara_flow.runtime.pump import Pump
@@ -281,7 +281,7 @@ class Stage(Intake):
         if isinstance(message, CallExpert) and self._lanes:
             await self._lanes.announce(message, work.tenant())
         if isinstance(message, Output) and message.opening:
-            headers |= behind(0, f"cf.out.{message.turn}.lease.{message.branch}")  # nobody holds it
+            headers |= unbegun(message.subject)
         await self._store(message.subject, body, headers)
 
     async def _store(self, subject: str, body: bytes, headers: dict[str, str]) -> None:

@@ -19,6 +19,11 @@ def behind(sequence: int, subject: str) -> dict[str, str]:
     return {_EXPECTED: str(sequence), _EXPECTED_SUBJECT: subject}
 
 
+def unbegun(subject: str) -> dict[str, str]:
+    """Headers: output on *subject* is stored only while nobody has begun to answer there."""
+    return behind(0, subject.replace(".data.", ".lease.", 1))
+
+
 class Lease:
     """Our claim to what the lease *subject* stands for; *name* must be nobody else's, not even another claim's of this process."""
 

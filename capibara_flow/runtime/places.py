@@ -15,7 +15,7 @@ from nats.js.errors import APIError
 
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.lanes import Lanes, is_lane, subjects_of
-from capibara_flow.runtime.lease import WRONG_SEQUENCE, behind
+from capibara_flow.runtime.lease import WRONG_SEQUENCE, unbegun
 from capibara_flow.runtime.peers import Desk, Peers
 from capibara_flow.runtime.queues import SHORT, Line, queued
 from capibara_flow.runtime.tasks import ended
@@ -111,9 +111,8 @@ class Places:
         subjects = await subjects_of(self._client, subject_token(expert))
         queue = self._queues.setdefault(expert, _Queue())
         waiting = queue.lanes(subjects, desks)
-        tenants = self._lanes.of(subject_token(expert))
-        weights = {lane: self._weights.get(tenant, 1.0) for lane, tenant in tenants.items()}
-        line = Line({lane: len(turns) for lane, turns in waiting.items()}, desks, weights, self._clock())
+        counts = {lane: len(turns) for lane, turns in waiting.items()}
+        line = Line(counts, desks, self._lanes.of(subject_token(expert)), self._weights, self._clock())
         news: list[Queued] = []
         for lane, turns in waiting.items():
             news += self._news(expert, line, lane, turns, queue)
@@ -141,8 +140,7 @@ class Places:
             number = following
 
     async def _tell(self, news: Queued, queue: _Queue) -> None:
-        nobody_began = behind(0, f"cf.out.{news.turn}.lease.main")
-        headers = {"Nats-Msg-Id": news.dedupe, "content-type": "application/json", **nobody_began}
+        headers = {"Nats-Msg-Id": news.dedupe, "content-type": "application/json", **unbegun(news.subject)}
         try:
             await self._jetstream.publish(news.subject, news.line(), timeout=_TIMEOUT, headers=headers)
         except APIError as error:

@@ -187,25 +187,29 @@ class Waits:
 
     def _place(self, command: CallExpert, tenant: str, desks: list[Desk], waiting: Mapping[str, int]) -> Place:
         tenants = dict(self._lanes.of(command.expert)) | {command.lane: tenant}
-        weights = {lane: self._weights.get(name, 1.0) for lane, name in tenants.items()}
-        return Line(waiting, desks, weights, self._clock()).place(command.lane, waiting.get(command.lane, 0))
+        return Line(waiting, desks, tenants, self._weights, self._clock()).place(command.lane, waiting.get(command.lane, 0))
 
 
 @dataclass(frozen=True)
 class Line:
-    """Who waits for an expert: how many turns, by lane; the *desks* where others are at work; the *weights* of lanes; all as of *now*."""
+    """Who waits for an expert: how many turns, by lane; the *desks* where others are at work; all as of *now*.
+
+    The *tenants* of lanes are served by their *weights*, by name.
+    """
 
     waiting: Mapping[str, int]
     desks: list[Desk]
+    tenants: Mapping[str, str]
     weights: Mapping[str, float]
     now: float
 
     @cached_property
     def _shares(self) -> dict[int, Share]:
-        return shared(self.waiting, self.desks, self.weights)
+        return shared(self.waiting, self.desks, {lane: self.weights.get(name, 1.0) for lane, name in self.tenants.items()})
 
     @cached_property
-    def _hands(self) -> Hands:
+    def hands(self) -> Hands:
+        """All *desks* as one."""
         return together(self.desks, self.now)
 
     @cached_property
@@ -218,7 +222,7 @@ class Line:
         urgent = PRIORITIES[: PRIORITIES.index(priority)]
         ahead = behind + sum(self.waiting.get(lane_of(bucket, each), 0) for each in urgent)
         fresh = not ahead and not self._at_work.intersection(lane_of(bucket, each) for each in PRIORITIES)
-        return place(bucket, ahead, self._shares, self._hands, fresh=fresh)
+        return place(bucket, ahead, self._shares, self.hands, fresh=fresh)
 
 
 def shared(waiting: Mapping[str, int], desks: list[Desk], weights: Mapping[str, float]) -> dict[int, Share]:

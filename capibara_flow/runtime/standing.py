@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from nats.errors import Error as NatsError
 
-from capibara_flow.domain.sharing import place
 from capibara_flow.domain.turns import ANONYMOUS, created, is_turn_id
 from capibara_flow.errors import BrokerUnavailable
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.lanes import Lanes, subjects_of
 from capibara_flow.runtime.peers import WORKER, Desk, desks
-from capibara_flow.runtime.queues import shared, together
+from capibara_flow.runtime.queues import Line
 from capibara_flow.runtime.reports import read_reports
 from topics.chat import PRIORITIES, bucket_of, lane_of
 from topics.streams import FIRST_LANE
@@ -83,18 +82,17 @@ def _of(expert: _Expert, weights: Mapping[str, float]) -> list[Standing]:
             rates[lane] += 60 * count / desk.over
     waiting = {lane: turns[work[lane] :] for lane, turns in expert.turns.items() if _bucket(lane) is not None}
     counts = {lane: len(turns) for lane, turns in waiting.items()}
-    shares = shared(counts, expert.desks, {lane: weights.get(tenant, 1.0) for lane, tenant in expert.tenants.items()})
-    hands = together(expert.desks, time.monotonic())
+    line = Line(counts, expert.desks, expert.tenants, weights, time.monotonic())
     free = sum(desk.free for desk in expert.desks)
     found = []
     for bucket in sorted({bucket_of(lane)[0] for lane in {*waiting, *work, *rates} or {FIRST_LANE}}):
         lanes = [lane_of(bucket, priority) for priority in PRIORITIES]
         ours = sum(counts.get(lane, 0) for lane in lanes)
         busy = sum(work[lane] for lane in lanes)
-        if free > 0 or not hands.seconds:
+        if free > 0 or not line.hands.seconds:
             eta = 0.0 if free > 0 else None
         else:
-            eta = round(place(bucket, ours, shares, hands, fresh=not ours + busy).seconds, 1)
+            eta = round(line.place(lanes[-1], counts.get(lanes[-1], 0)).seconds, 1)  # behind all of the tenant's own
         found.append(
             Standing(
                 expert.name,

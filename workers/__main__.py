@@ -13,6 +13,7 @@ from capibara_flow import telemetry, wiring
 from capibara_flow.errors import CapibaraError
 from capibara_flow.runtime import brokers
 from capibara_flow.settings import Settings, SettingsError, load
+from capibara_flow.tasks import ended
 from topics.flow import NAMES
 
 #: No worker: the door, which takes turns and gives their answers.
@@ -28,10 +29,9 @@ async def run(names: tuple[str, ...], settings: Settings) -> None:
         # A broker that is not there yet is waited for, but not longer than we are wanted.
         starting, unwanted = asyncio.create_task(_start(names, settings, stack)), asyncio.create_task(stop.wait())
         await asyncio.wait({starting, unwanted}, return_when=asyncio.FIRST_COMPLETED)
-        unwanted.cancel()
+        await ended(unwanted)
         if not starting.done():
-            starting.cancel()
-            await asyncio.wait({starting})
+            await ended(starting)
             return
         await starting
         wiring.settle_in()

@@ -12,6 +12,7 @@ from capibara_flow.domain.bm25 import words_of
 from capibara_flow.domain.entities import MOST, folded, mentions
 from capibara_flow.errors import BadRequest
 from capibara_flow.ports import ChatEngine, Text
+from capibara_flow.tasks import ended
 from topics.chat import ChatMessage, ChatRequest, Sampling
 from topics.knowledge import Mention, Passage
 from topics.message import Part
@@ -62,8 +63,7 @@ class ExpertExtractor:
         try:
             return [mention for made in await asyncio.gather(*asked) for mention in made]
         finally:
-            for task in asked:
-                task.cancel()
+            await ended(*asked)
 
     async def _of(self, passage: Passage, title: str, room: asyncio.Semaphore) -> list[Mention]:
         by_rule = mentions([passage], title)

@@ -14,6 +14,7 @@ from typing import Any
 from capibara_flow.domain.health import Breaker, Fault, Thresholds
 from capibara_flow.errors import CapibaraError, EngineBroke, EngineBusy, EngineFault, EngineUnreachable
 from capibara_flow.ports import Abilities, ChatEngine, Piece
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import BREAKER_OPENED, ENGINE_STREAMS, ENGINE_UP, log
 from topics.chat import ChatRequest
 
@@ -302,9 +303,7 @@ async def _stopped(replicas: Collection[_Replica]) -> None:
     probes = [each.probe for each in replicas if each.probe]
     for replica in replicas:
         replica.probe = None
-    for probe in probes:
-        probe.cancel()
-    await asyncio.gather(*probes, return_exceptions=True)
+    await ended(*probes)
 
 
 def _kind(error: CapibaraError) -> Fault:

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 import orjson
 from nats.errors import Error as NatsError
 
+from capibara_flow import tasks
 from capibara_flow.errors import BrokerUnavailable, LeaseLost, TooLarge
 from capibara_flow.runtime.client import TokenClient, flushed, status
 from capibara_flow.runtime.lease import WRONG_SEQUENCE, Lease
@@ -205,8 +206,7 @@ class FencedAnswers:
 
     async def stop(self) -> None:
         """Stop watching; the connection is its owner's to close."""
-        if self._watchdog:
-            self._watchdog.cancel()
+        await tasks.ended(self._watchdog)
 
     @asynccontextmanager
     async def open(self, turn: str, branch: str) -> AsyncIterator[FencedAnswer]:

@@ -109,7 +109,7 @@ class Seat:
 
     def __init__(self, attendance: Attendance, turn: str, overdue: Callable[[str], None]) -> None:
         self._attendance, self._turn, self._overdue = attendance, turn, overdue
-        self._taken = self._remembered = False
+        self._taken = self._remembered = self._left = False
         self._search: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -138,11 +138,12 @@ class Seat:
                 break
             except BrokerUnavailable:
                 await asyncio.sleep(_AGAIN)
-        if due is not None:
+        if due is not None and not self._left:  # a search may miss that it is cancelled
             self.take(due)
 
     def leave(self, *, ended: bool) -> None:
         """Read no more."""
+        self._left = True
         if self._search:
             self._search.cancel()
         if self._timer:

@@ -12,11 +12,12 @@ from contextlib import suppress
 from typing import Any
 
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import ConnectionClosedError, OutboundBufferLimitError
 from nats.errors import Error as NatsError
 
-from capibara_flow.runtime.tasks import ended
+from capibara_flow.tasks import ended
 
 #: Takes subject, raw headers (empty when there are none) and data, at once: whatever comes behind it waits.
 Hear = Callable[[bytes, bytes, bytes], None]
@@ -102,6 +103,15 @@ class TokenClient(Client):
             self.returned = self._loop.time()
 
         await super().connect(*servers, **{"reconnected_cb": returned, **options})
+
+    async def request(self, *asked: Any, **options: Any) -> Msg:
+        """As nats-py's, but whoever is cancelled while the reply comes ends: its ``asyncio.wait_for`` would swallow that in Python 3.11."""
+        task = asyncio.current_task()
+        cancelled = task.cancelling() if task else 0
+        reply: Msg = await super().request(*asked, **options)
+        if task and task.cancelling() > cancelled:
+            raise asyncio.CancelledError
+        return reply
 
     async def listen(self, subject: str, hear: Hear) -> Subscription:
         """Subscribe to *subject*; end it with ``deafen``."""

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.settings import Settings, SettingsError
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import log
 
 _DIFFERENT = 100  # errors remembered
@@ -74,10 +75,7 @@ async def connect(settings: Settings, role: str) -> TokenClient:
     try:
         await asyncio.wait({connecting, refusal}, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        refusal.cancel()
-        if not connecting.done():
-            connecting.cancel()
-            await asyncio.wait({connecting})
+        await ended(refusal, None if connecting.done() else connecting)
     if refused.is_set():
         raise SettingsError(f"the broker refuses the password of {role}: set CAPIBARA_NATS__PASSWORDS__{role.upper()}")
     await connecting

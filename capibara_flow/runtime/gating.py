@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from capibara_flow.domain.health import takes_work
-from capibara_flow.runtime.tasks import ended
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import log
 
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
-from capibara_flow.runtime.tasks import ended
+from capibara_flow.tasks import ended
 
 
 class Holdings:

@@ -14,7 +14,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
-from capibara_flow.runtime.tasks import ended
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import log
 
 _NANO = 1_000_000_000

@@ -20,6 +20,7 @@ from capibara_flow.errors import BrokerUnavailable
 from capibara_flow.runtime.bucket import MARKER
 from capibara_flow.runtime.client import TokenClient, flushed, header
 from capibara_flow.runtime.output import stored
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import log
 from topics.chat import CallExpert, bucket_of
 from topics.streams import CALLS, FIRST_LANE, LANE_AGAIN_SECONDS, LANE_SECONDS, LANES, lane_key
@@ -69,8 +70,7 @@ class Lanes:
 
     async def stop(self) -> None:
         """Listen no more."""
-        if self._task:
-            self._task.cancel()
+        await ended(self._task)
         if self._subscription:
             await self._client.deafen(self._subscription)
 

@@ -146,7 +146,8 @@ async def batch(client: TokenClient, stream: str, asked: dict[str, Any]) -> list
     subscription = await client.listen(inbox, receive)
     try:
         await client.publish(f"$JS.API.DIRECT.GET.{stream}", json.dumps(asked).encode(), reply=inbox)
-        await asyncio.wait_for(ended, _TIMEOUT)
+        async with asyncio.timeout(_TIMEOUT):
+            await ended
     except (NatsError, TimeoutError) as error:
         raise BrokerUnavailable(f"{stream} does not answer: {error!r}") from error
     finally:

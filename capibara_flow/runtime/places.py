@@ -18,7 +18,7 @@ from capibara_flow.runtime.lanes import Lanes, is_lane, subjects_of
 from capibara_flow.runtime.lease import WRONG_SEQUENCE, unbegun
 from capibara_flow.runtime.peers import Desk, Peers
 from capibara_flow.runtime.queues import SHORT, Line, queued
-from capibara_flow.runtime.tasks import ended
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import log
 from topics.output import Queued
 from topics.streams import subject_token

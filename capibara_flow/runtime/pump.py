@@ -20,6 +20,7 @@ from capibara_flow.domain.sharing import Shares, remaining
 from capibara_flow.runtime import work
 from capibara_flow.runtime.gating import Gate
 from capibara_flow.runtime.inlet import Asking, Inlet
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import log
 from topics.chat import PRIORITIES, bucket_of
 from topics.streams import FIRST_LANE
@@ -147,14 +148,13 @@ class Pump:
         for task in self._tasks:
             task.cancel()
         await self._shut()
+        await ended(*self._tasks)
 
     async def finish(self, seconds: float) -> None:
         """Wait *seconds* for what is at work; what is not done then is cancelled, and so handed over."""
         if self._jobs:
             _, late = await asyncio.wait(self._jobs, timeout=seconds)
-            for job in late:
-                job.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+            await ended(*late)
 
     @property
     def _wants(self) -> bool:

@@ -15,7 +15,7 @@ from capibara_flow.errors import BrokerUnavailable
 from capibara_flow.runtime.bucket import REMOVED
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.output import batch
-from capibara_flow.runtime.tasks import ended
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import log
 from topics.streams import REPORT_SECONDS, REPORTS, report_key, subject_token
 

@@ -14,7 +14,7 @@ from capibara_flow.domain.ranking import Found, Weights
 from capibara_flow.domain.relevance import Backdrop
 from capibara_flow.ports import Embedder, GraphStore, PassageStore, Spread, Vectors
 from capibara_flow.runtime.editions import Moved, Stand, View
-from capibara_flow.runtime.tasks import ended
+from capibara_flow.tasks import ended
 from topics.knowledge import Passage, Scope, Source
 
 #: All that finds passages: each can be left out, to see what it is good for.

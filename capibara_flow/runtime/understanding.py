@@ -12,9 +12,9 @@ from capibara_flow.domain.routes import DEFAULT, Routes
 from capibara_flow.domain.routing import Understood
 from capibara_flow.domain.subjects import subject_of
 from capibara_flow.ports import Embedder, Vectors
-from capibara_flow.runtime.tasks import ended
 from capibara_flow.runtime.watching import Watched
 from capibara_flow.settings import SettingsError
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import log
 from topics.chat import ChatRequest
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from capibara_flow.errors import CapibaraError, Transient
-from capibara_flow.runtime.tasks import ended
 from capibara_flow.settings import SettingsError
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import log
 
 Held = TypeVar("Held")

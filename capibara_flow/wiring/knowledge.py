@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from capibara_flow.errors import CannotStart
 from capibara_flow.ports import Documents, GraphStore, PassageStore
 from capibara_flow.settings import KnowledgeSettings, SettingsError
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import log
 from capibara_flow.wiring.postgres import postgres
 from topics.grounding import ListDocuments
@@ -66,10 +67,7 @@ class Library:
 
     async def aclose(self) -> None:
         """Let everything go."""
-        if tasks := [task for task in (self._looking, self._opening) if task]:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+        await ended(self._looking, self._opening)
         await self._stack.aclose()
 
     async def opened(self) -> Stores:

@@ -41,6 +41,7 @@ from capibara_flow.runtime.queues import Queues
 from capibara_flow.runtime.reports import this_process
 from capibara_flow.runtime.understanding import Tools, Understanding
 from capibara_flow.settings import ROUTES, NatsSettings, RouterSettings, Settings, SettingsError, WorkerSettings, read_routes
+from capibara_flow.tasks import ended
 from capibara_flow.wiring.streams import connected, consumers, expert_consumers, layout, tuned
 from topics.chat import ChatRequest
 from topics.grounding import SourcesRetrieved
@@ -454,5 +455,4 @@ async def _first(*waiting: Awaitable[object]) -> None:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in tasks:
-            task.cancel()
+        await ended(*tasks)

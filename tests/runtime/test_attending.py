@@ -234,6 +234,27 @@ async def test_a_key_is_renewed_while_one_of_several_readers_is_left(rig: Rig, d
     assert lives(await key(rig)) == "1s"
 
 
+async def test_who_leaves_while_he_finds_the_turn_attended_does_not_attend_it(patient: NatsTurns, monkeypatch: pytest.MonkeyPatch):
+    attendance = patient._attendance
+    searched = asyncio.Event()
+
+    async def due(_: str) -> float:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            searched.set()
+        return time.time() + 60  # found, and the cancellation was missed
+
+    monkeypatch.setattr(attendance, "due", due)
+    seat = attending.Seat(attendance, "T1", lambda _: None)
+    seat.look()
+    await asyncio.sleep(0)
+    seat.leave(ended=False)
+    await searched.wait()
+    await asyncio.sleep(0)
+    assert not attendance._readers
+
+
 async def test_a_follower_attends_an_attended_turn_from_any_door(rig: Rig, patient: NatsTurns):
     feed = await opened(patient)
     await feed.aclose()

@@ -121,6 +121,26 @@ async def test_ordinary_subscriptions_and_requests_work_on_the_same_connection(c
     assert b'"seq":1' in reply.data
 
 
+async def test_whoever_is_cancelled_while_the_reply_comes_ends(client: TokenClient, monkeypatch: pytest.MonkeyPatch):
+    coming: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+
+    async def request(*_: object) -> Msg:
+        return await asyncio.wait_for(coming, 20)  # as nats-py waits
+
+    monkeypatch.setattr(Client, "request", request)
+
+    async def ask() -> Msg:
+        return await client.request("cf.x", b"")
+
+    asking = asyncio.create_task(ask())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    coming.set_result(Msg(client))
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+
+
 async def test_many_messages_come_in_order(client: TokenClient, publish: Publish, rig: Rig):
     ear = Ear()
     await client.listen(LIVE, ear)

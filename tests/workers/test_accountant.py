@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -269,6 +269,31 @@ async def test_who_still_writes_at_the_end_is_told_and_what_was_not_written_wait
     assert not stand.books.gate.is_open
     with pytest.raises(StoreUnavailable, match="not open"):
         await stand.books.record(Spent("a", "one", 1, 1, datetime.now(UTC), "T"))
+
+
+async def test_the_end_comes_although_a_look_misses_it():
+    at_work = asyncio.Event()
+
+    class Deaf(Backlog):
+        def __init__(self) -> None:
+            self.missed = 0
+
+        async def count(self) -> int:
+            at_work.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                if self.missed:
+                    raise
+                self.missed += 1
+            return 0
+
+    backlog = Deaf()
+    books = Books(lambda: nullcontext(FakeUsage()), backlog, replace(NEVER, look=0))
+    await books.start()
+    await at_work.wait()
+    await books.stop()
+    assert (backlog.missed, books._looking is not None and books._looking.cancelled()) == (1, True)
 
 
 async def test_a_broker_that_is_away_is_told(stand: Stand):

@@ -10,6 +10,7 @@ import numpy as np
 
 from capibara_flow.engines.embeddings.threaded import Kind
 from capibara_flow.ports import Embedder, Vectors
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import EMBEDDING_HITS, EMBEDDING_MISSES
 
 _Key = tuple[str, bytes]
@@ -52,9 +53,7 @@ class CachedEmbedder:
         return np.stack([row if isinstance(row, np.ndarray) else await asyncio.shield(row) for row in rows])
 
     async def aclose(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await ended(*self._tasks)
         for promise in self._coming.values():
             promise.cancel()
         self._coming.clear()

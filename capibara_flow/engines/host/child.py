@@ -13,6 +13,7 @@ from capibara_flow.engines.build import build_engine
 from capibara_flow.engines.host import launch, machine, warden
 from capibara_flow.errors import EngineUnreachable
 from capibara_flow.ports import ChatEngine
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import log
 
 POLL_SECONDS = 0.1
@@ -86,9 +87,7 @@ class Child:
                 raise LoadFailed(f"{self.name} could not be loaded: its engine ended with {_ending(ending.result())}")
             raise LoadFailed(f"{self.name} could not be loaded within {seconds:g} s")
         finally:
-            for task in (ending, answering):
-                task.cancel()
-            await asyncio.gather(ending, answering, return_exceptions=True)
+            await ended(ending, answering)
 
     async def ended(self) -> int:
         """Wait for its end and its last words; its exit code, 128 and more for a signal."""
@@ -160,8 +159,7 @@ class Child:
         self.stopping = True
         if self._process is not None:
             await self._end(self._process)
-        if self._reading is not None:
-            self._reading.cancel()
+        await ended(self._reading)
         # Not before: whoever still listens shall hear that the engine broke off.
         await self.engine.aclose()
         if self._session is not None:

@@ -20,6 +20,7 @@ from capibara_flow.engines.requests import refuse_beyond
 from capibara_flow.errors import EngineBroke, EngineUnreachable
 from capibara_flow.ports import Abilities, ChatEngine, Load, Piece
 from capibara_flow.settings import HostSettings
+from capibara_flow.tasks import ended
 from capibara_flow.telemetry import EXPERT_EVICTIONS, EXPERT_LOAD_SECONDS, EXPERT_LOADED, EXPERT_LOADS, log
 from topics.chat import ChatRequest
 
@@ -120,9 +121,7 @@ class ExpertHost:
         for admitted in self._tickets.values():
             if not admitted.done():
                 admitted.set_exception(EngineUnreachable("the host is being stopped"))
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await ended(*self._tasks)
         children, self._children = list(self._children.values()), {}
         await asyncio.gather(*(child.stop() for child in children))
         for child in children:

@@ -80,7 +80,8 @@ class Database:
         if self._pool:
             pool, self._pool = self._pool, None
             try:
-                await asyncio.wait_for(pool.close(), 5)
+                async with asyncio.timeout(5):
+                    await pool.close()
             except _MAY_PASS:
                 pool.terminate()
 

@@ -6,6 +6,8 @@ One batch is in flight at a time, as replicated streams demand; what is written 
 """
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -13,6 +15,7 @@ import orjson
 from nats.errors import Error as NatsError
 
 from capibara_flow import tasks
+from capibara_flow.domain.turns import created, is_turn_id
 from capibara_flow.errors import BrokerUnavailable, LeaseLost, TooLarge
 from capibara_flow.runtime.client import TokenClient, flushed, status
 from capibara_flow.runtime.lease import WRONG_SEQUENCE, Lease
@@ -26,6 +29,8 @@ _MAX_BATCH = 256 * 1024  # bytes; the broker's default limit of a message is 1 M
 _PATIENCE = 15.0  # seconds that an answer waits for the broker: an election of a new leader takes 5
 _STUCK = 3.0  # seconds without an acknowledgement before we look what became of a batch
 _WATCH = 1.0  # seconds between looks for such batches
+_SKEW = 5.0  # seconds by which the clocks of two machines may differ; a cancellation missed beyond it is the undertaker's to enforce
+_REMEMBERED = 10_000  # turns of which we heard that they were cancelled: 100 bytes each
 
 
 class FencedAnswer:
@@ -192,6 +197,8 @@ class FencedAnswers:
         self.owner = owner
         self._open: set[FencedAnswer] = set()
         self._expected: dict[str, FencedAnswer] = {}
+        self._stopped: set[str] = set()
+        self._began = math.inf
         self._count = 0
         self._inbox = ""
         self._watchdog: asyncio.Task[None] | None = None
@@ -202,6 +209,7 @@ class FencedAnswers:
         await self.client.listen(f"{self._inbox}.*", self._acknowledged)
         await self.client.listen("cf.ctl.*.cancel", self._cancelled)
         await flushed(self.client)
+        self._began = self.now()
         self._watchdog = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -213,7 +221,12 @@ class FencedAnswers:
         answer = FencedAnswer(self, turn, branch)
         self._open.add(answer)  # a cancellation that comes while we look for one counts
         try:
-            await asyncio.gather(answer.take(), self._look_for_cancel(answer))
+            if turn in self._stopped:
+                answer.cancel()
+            if self._heard_all_of(turn):
+                await answer.take()
+            else:
+                await asyncio.gather(answer.take(), self._look_for_cancel(answer))
             yield answer
         finally:
             self._open.discard(answer)
@@ -234,6 +247,13 @@ class FencedAnswers:
 
     async def ended(self, turn: str, branch: str) -> bool:
         return bool(await ended(self.client, turn, branch))
+
+    def _heard_all_of(self, turn: str) -> bool:
+        """Whether we have been listening without a break for longer than *turn* has been there, so that there is nothing to look for."""
+        if not is_turn_id(turn):
+            return False
+        listening = self.now() - max(self._began, self.client.returned)
+        return listening > time.time() - created(turn) + _SKEW
 
     async def _look_for_cancel(self, answer: FencedAnswer) -> None:
         """Whether somebody asked for it when we could not hear."""
@@ -258,6 +278,10 @@ class FencedAnswers:
 
     def _cancelled(self, subject: bytes, _: bytes, __: bytes) -> None:
         turn = subject.decode().split(".")[2]
+        if len(self._stopped) >= _REMEMBERED:
+            self._stopped.clear()
+            self._began = self.now()  # as if we had not heard of what is forgotten
+        self._stopped.add(turn)
         for answer in self._open:
             if answer.turn == turn:
                 answer.cancel()

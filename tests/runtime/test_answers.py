@@ -1,15 +1,19 @@
 """The fenced writer against a real broker that loses, delays, dies and forgets."""
 
 import asyncio
+import json
+import os
+import time
 from collections.abc import Awaitable, Callable
 from itertools import groupby
 
 import pytest
 from nats.aio.msg import Msg
 
+from capibara_flow.domain.turns import turn_id
 from capibara_flow.errors import BrokerUnavailable, LeaseLost, Terminal, TooLarge
 from capibara_flow.runtime import answers
-from capibara_flow.runtime.answers import FencedAnswer
+from capibara_flow.runtime.answers import FencedAnswer, FencedAnswers
 from capibara_flow.runtime.client import Hear, flushed
 from capibara_flow.runtime.turns import NatsTurns
 from tests.runtime.rig import Line, Rig, line
@@ -52,7 +56,7 @@ class Acks:
         client.overhear = self._overhear
 
     def _overhear(self, subject: bytes, headers: bytes, data: bytes, ear: Hear) -> None:
-        is_ack = subject.startswith(b"_INBOX") and subject.count(b".") == 2
+        is_ack = getattr(ear, "__func__", None) is FencedAnswers._acknowledged
         if is_ack and self._most <= 0:
             self._ears.append((subject, headers, data, ear))
             return
@@ -615,6 +619,58 @@ async def test_a_cancellation_that_comes_while_the_answer_is_opened_counts(rig: 
     client.overhear, client.answered = overhear, answered
     async with hub.open("T1", "main") as answer:
         assert answer.cancelled
+
+
+def looks(client: Line) -> list[str]:
+    """Grows by the turn of every look for a cancellation that *client* takes."""
+    taken: list[str] = []
+
+    def watch(subject: str, body: bytes) -> bool:
+        if subject == "$JS.API.STREAM.MSG.GET.CF_CTL":
+            taken.append(json.loads(body)["last_by_subj"].split(".")[2])
+        return False
+
+    client.swallow = watch
+    return taken
+
+
+def new_turn() -> str:
+    return turn_id(milliseconds=time.time_ns() // 1_000_000, entropy=os.urandom(10), tenant="acme")
+
+
+async def test_who_has_listened_since_before_a_turn_came_does_not_look_whether_it_was_cancelled(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(answers, "_SKEW", 0)
+    client, turns = await line(rig, "caller"), await stopping(rig)
+    early, taken, hub = new_turn(), looks(client), await rig.answers(client)
+    await asyncio.sleep(0.01)
+    late, cancelled = new_turn(), new_turn()
+    await turns.cancel(cancelled, "asked")
+    await until(lambda: cancelled in hub._stopped)
+    for turn, wanted in ((early, False), (late, False), (cancelled, True)):
+        async with hub.open(turn, "main") as answer:
+            assert answer.cancelled is wanted
+    assert taken == [early]
+    await client.force_reconnect()
+    await until(lambda: client.returned > 0)
+    async with hub.open(cancelled, "other"), hub.open(late, "other"):
+        assert taken == [early, cancelled, late]
+
+
+async def test_a_cancellation_that_was_heard_and_forgotten_is_looked_for(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(answers, "_SKEW", 0)
+    monkeypatch.setattr(answers, "_REMEMBERED", 1)
+    client, turns = await line(rig, "caller"), await stopping(rig)
+    taken, hub = looks(client), await rig.answers(client)
+    await asyncio.sleep(0.01)
+    first, second = new_turn(), new_turn()
+    for turn in (first, second):
+        await turns.cancel(turn, "asked")
+        await until(lambda turn=turn: turn in hub._stopped)
+    for turn in (first, second):
+        async with hub.open(turn, "main") as answer:
+            assert answer.cancelled
+    assert taken[0] == first
+    assert len(hub._stopped) == 1
 
 
 async def test_a_cancellation_that_was_not_heard_is_found_after_a_reconnect(rig: Rig, hasty: None):

@@ -8,7 +8,7 @@ from faststream.security import SASLPlaintext
 from nats.errors import ConnectionClosedError, ConnectionReconnectingError
 from nats.errors import Error as NatsError
 
-from capibara_flow.runtime.client import closed, flushed
+from capibara_flow.runtime.client import TokenClient, closed, flushed
 from capibara_flow.runtime.connection import options
 from capibara_flow.settings import Settings
 
@@ -25,6 +25,12 @@ class _Broker(NatsBroker):
         # While the server is away nobody can ask, and once it is back it is told of what is subscribed.
         with suppress(NatsError, TimeoutError):
             await flushed(connection, _FLUSH_SECONDS)
+
+    async def _connect(self) -> TokenClient:
+        connection = TokenClient()
+        await connection.connect(**self._connection_kwargs)
+        self.config.connect(connection)
+        return connection
 
     async def stop(
         self,

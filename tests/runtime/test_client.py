@@ -18,7 +18,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.aio.transport import TcpTransport
-from nats.errors import ConnectionClosedError, OutboundBufferLimitError
+from nats.errors import ConnectionClosedError, NoRespondersError, OutboundBufferLimitError
+from nats.errors import Error as NatsError
 from nats.protocol.parser import Parser
 
 from capibara_flow.runtime import connection
@@ -26,6 +27,7 @@ from capibara_flow.runtime.client import TokenClient, description, encoded, flus
 from tests.runtime.rig import Rig
 from tests.waiting import until
 from topics.streams import Layout
+from topics.usage import ReadUsage
 
 
 class Ear:
@@ -121,24 +123,45 @@ async def test_ordinary_subscriptions_and_requests_work_on_the_same_connection(c
     assert b'"seq":1' in reply.data
 
 
-async def test_whoever_is_cancelled_while_the_reply_comes_ends(client: TokenClient, monkeypatch: pytest.MonkeyPatch):
-    coming: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+async def test_whoever_is_cancelled_while_the_reply_comes_ends(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    client = await rig.client("caller")
+    asking: asyncio.Task[Msg]
 
-    async def request(*_: object) -> Msg:
-        return await asyncio.wait_for(coming, 20)  # as nats-py waits
+    def replied(*reply: bytes) -> None:
+        TokenClient._replied(client, *reply)
+        asking.cancel()
 
-    monkeypatch.setattr(Client, "request", request)
-
-    async def ask() -> Msg:
-        return await client.request("cf.x", b"")
-
-    asking = asyncio.create_task(ask())
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    coming.set_result(Msg(client))
-    asking.cancel()
+    monkeypatch.setattr(client, "_replied", replied)
+    asking = asyncio.create_task(client.request("$JS.API.STREAM.MSG.GET.CF_CTL", b'{"seq": 1}', timeout=20))
     with pytest.raises(asyncio.CancelledError):
         await asking
+    assert not client._coming
+
+
+async def test_a_request_that_nobody_hears_or_answers_ends(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    client = await rig.client("edge")
+    with pytest.raises(NoRespondersError):
+        await client.request(ReadUsage(turn="R", since=0, until=1).subject, b"{}", timeout=20)
+    late: list[tuple[bytes, ...]] = []
+    monkeypatch.setattr(client, "_replied", lambda *reply: late.append(reply))
+    with pytest.raises(TimeoutError) as told:
+        await client.request("$JS.API.STREAM.MSG.GET.CF_OUT", b'{"seq": 1}', timeout=0.05)
+    assert isinstance(told.value, NatsError)
+    await until(lambda: late)
+    monkeypatch.undo()
+    client._replied(*late[0])  # nobody waits for it any more
+    assert (await client.request("$JS.API.STREAM.MSG.GET.CF_OUT", b'{"seq": 1}', timeout=20)).data
+    assert not client._coming
+
+
+async def test_many_requests_at_once_get_their_own_replies(rig: Rig, publish: Publish):
+    client = await rig.client("edge")
+    for number in range(200):
+        await publish(OUT, b"%d" % number)
+    asked = [client.request("$JS.API.STREAM.MSG.GET.CF_OUT", b'{"seq": %d}' % number, timeout=20) for number in range(1, 201)]
+    answers = [json.loads(reply.data)["message"] for reply in await asyncio.gather(*asked)]
+    assert [each["seq"] for each in answers] == list(range(1, 201))
+    assert not client._coming
 
 
 async def test_many_messages_come_in_order(client: TokenClient, publish: Publish, rig: Rig):
@@ -180,7 +203,7 @@ async def test_deaf_ears_hear_nothing(client: TokenClient, publish: Publish):
     await publish(OUT, b"a")
     await until(lambda: other.heard)
     assert not ear.heard
-    assert list(client._ears) == list(client._subs)
+    assert list(client._subs) == [client._answers, *client._ears]
     assert len(client._ears) == 1
 
 
@@ -197,7 +220,8 @@ async def test_whoever_was_deafened_while_the_broker_was_away_stays_so(rig: Rig,
     await publish(OUT, b"a")
     await until(lambda: other.heard)
     assert not ear.heard
-    assert len(client._subs) == len(client._ears) == 1
+    assert list(client._subs) == [client._answers, *client._ears]
+    assert len(client._ears) == 1
 
 
 async def test_deafening_after_the_end_is_no_fault(client: TokenClient):
@@ -504,6 +528,14 @@ def test_the_private_hooks_of_nats_py_are_still_there():
     assert "future: asyncio.Future = await self._flush_queue.get()" in flushing
     assert "self._transport.writelines(self._pending[:])\n                    self._pending = []" in flushing
     assert "return self._io_writer.writelines(payload)" in inspect.getsource(TcpTransport.writelines)
+    # It answers requests by itself: what `request` builds of a reply, and asks of who publishes.
+    assert "self._build_message(sid, subject, reply, data, hdr)" in inspect.getsource(Client._process_msg)
+    assert "hdr = await self._process_headers(headers)" in inspect.getsource(Client._process_msg)
+    own, theirs = (list(inspect.signature(kind.request).parameters.values()) for kind in (TokenClient, Client))
+    assert [(each.name, each.default) for each in own] == [(each.name, each.default) for each in theirs]
+    # And nobody is woken for what is published: all else of nats-py comes through here.
+    assert "await self._flush_pending()" in inspect.getsource(Client._send_publish)
+    assert list(inspect.signature(Client._flush_pending).parameters) == ["self", "force_flush"]
     client = Client()
     for attribute in (
         "_flush_queue",

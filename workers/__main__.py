@@ -13,7 +13,7 @@ from capibara_flow import telemetry, wiring
 from capibara_flow.errors import CapibaraError
 from capibara_flow.runtime import brokers
 from capibara_flow.settings import Settings, SettingsError, load
-from capibara_flow.tasks import ended
+from capibara_flow.tasks import LONG, ended
 from topics.flow import NAMES
 
 #: No worker: the door, which takes turns and gives their answers.
@@ -31,7 +31,7 @@ async def run(names: tuple[str, ...], settings: Settings) -> None:
         await asyncio.wait({starting, unwanted}, return_when=asyncio.FIRST_COMPLETED)
         await ended(unwanted)
         if not starting.done():
-            await ended(starting)
+            await ended(starting, again=LONG)
             return
         await starting
         wiring.settle_in()

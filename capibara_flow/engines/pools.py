@@ -10,7 +10,7 @@ from capibara_flow.domain.fleet import Expert, Fleet
 from capibara_flow.engines.build import build_engine
 from capibara_flow.engines.pool import Pool
 from capibara_flow.ports import ChatEngine
-from capibara_flow.tasks import ended
+from capibara_flow.tasks import LONG, ended
 from capibara_flow.telemetry import log
 from topics.streams import subject_token
 
@@ -100,7 +100,7 @@ class Pools(Mapping[str, Pool]):
     async def aclose(self) -> None:
         """Stop probing and close all engines, those that are being drained as well."""
         pools = [*self._pools.values(), *self._gone]  # before whoever drains ends, and forgets them
-        await ended(*self._draining)
+        await ended(*self._draining, again=LONG)
         for pool in pools:
             await pool.aclose()
 

@@ -23,7 +23,7 @@ from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.gating import Gate
 from capibara_flow.runtime.output import one_message
 from capibara_flow.runtime.provision import ensure_consumer, ensure_stream
-from capibara_flow.tasks import ended
+from capibara_flow.tasks import LONG, ended
 from capibara_flow.telemetry import log
 from topics.chat import ExpertCalled
 from topics.streams import Consumer, Layout
@@ -131,7 +131,7 @@ class Books:
 
     async def stop(self) -> None:
         """Let everything go: who still writes is told that it is not written."""
-        await ended(self._looking, self._writing)
+        await ended(self._looking, self._writing, again=LONG)
         await self._shut()
 
     def facts(self) -> Mapping[str, Any]:

@@ -30,7 +30,7 @@ _PATIENCE = 15.0  # seconds that an answer waits for the broker: an election of 
 _STUCK = 3.0  # seconds without an acknowledgement before we look what became of a batch
 _WATCH = 1.0  # seconds between looks for such batches
 _SKEW = 5.0  # seconds by which the clocks of two machines may differ; a cancellation missed beyond it is the undertaker's to enforce
-_REMEMBERED = 10_000  # turns of which we heard that they were cancelled: 100 bytes each
+_REMEMBERED = 10_000  # turns of which we heard that they were cancelled: 130 bytes each
 
 
 class FencedAnswer:
@@ -198,7 +198,8 @@ class FencedAnswers:
         self._open: set[FencedAnswer] = set()
         self._expected: dict[str, FencedAnswer] = {}
         self._stopped: set[str] = set()
-        self._began = math.inf
+        self._began = math.inf  # since when we have listened without a break
+        self._reconnects = 0
         self._count = 0
         self._inbox = ""
         self._watchdog: asyncio.Task[None] | None = None
@@ -209,7 +210,7 @@ class FencedAnswers:
         await self.client.listen(f"{self._inbox}.*", self._acknowledged)
         await self.client.listen("cf.ctl.*.cancel", self._cancelled)
         await flushed(self.client)
-        self._began = self.now()
+        self._began, self._reconnects = self.now(), self.client.stats["reconnects"]
         self._watchdog = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -249,11 +250,15 @@ class FencedAnswers:
         return bool(await ended(self.client, turn, branch))
 
     def _heard_all_of(self, turn: str) -> bool:
-        """Whether we have been listening without a break for longer than *turn* has been there, so that there is nothing to look for."""
-        if not is_turn_id(turn):
+        """Whether we have been listening without a break for longer than *turn* has been there, so that there is nothing to look for.
+
+        Nobody knows that in a cluster, whose members may lose each other while we keep our connection.
+        """
+        if self._reconnects != self.client.stats["reconnects"]:
+            self._reconnects, self._began = self.client.stats["reconnects"], self.now()
+        if self.client.clustered or not is_turn_id(turn):
             return False
-        listening = self.now() - max(self._began, self.client.returned)
-        return listening > time.time() - created(turn) + _SKEW
+        return self.now() - self._began > time.time() - created(turn) + _SKEW
 
     async def _look_for_cancel(self, answer: FencedAnswer) -> None:
         """Whether somebody asked for it when we could not hear."""

@@ -7,6 +7,7 @@ and sends messages whose headers were encoded once. Some private parts of nats-p
 
 import asyncio
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -96,8 +97,8 @@ class TokenClient(Client):
         super().__init__()
         self.returned = -math.inf
         self._leaving = False
-        self._replies, self._answers, self._asked = "", 0, 0
-        self._coming: dict[str, asyncio.Future[tuple[bytes, bytes, bytes]]] = {}
+        self._inbox, self._inbox_id = "", 0
+        self._coming: dict[bytes, asyncio.Future[tuple[bytes, bytes, bytes]]] = {}
         self._ears: dict[int, Hear] = {}
         self._loop = asyncio.get_running_loop()
         # What ears have instead of a queue and a reader of their own, which nobody would use: 4 kB each, in a cycle of references.
@@ -107,12 +108,21 @@ class TokenClient(Client):
     async def connect(self, *servers: Any, **options: Any) -> None:
         """As nats-py's."""
 
+        told = options.get("reconnected_cb")
+
         async def returned() -> None:
             self.returned = self._loop.time()
+            if told:
+                await told()
 
-        await super().connect(*servers, **{"reconnected_cb": returned, **options})
-        self._replies = self.new_inbox()
-        self._answers = (await self._unread(f"{self._replies}.*"))._id
+        await super().connect(*servers, **{**options, "reconnected_cb": returned})
+        self._inbox = self.new_inbox()
+        self._inbox_id = (await self._unread(f"{self._inbox}.*"))._id
+
+    @property
+    def clustered(self) -> bool:
+        """Whether the broker is one of several: then others may be cut off from it while we are not."""
+        return bool(self._server_info.get("cluster"))
 
     async def request(
         self, subject: str, payload: bytes = b"", timeout: float = 0.5, old_style: bool = False, headers: dict[str, Any] | None = None
@@ -121,23 +131,24 @@ class TokenClient(Client):
 
         And a cancellation is heard that comes together with it, which ``asyncio.wait_for`` of Python 3.11 would swallow.
         """
-        self._asked += 1
-        token, coming = str(self._asked), self._loop.create_future()
-        self._coming[token] = coming
-        timer = self._loop.call_later(timeout, _expire, coming)
+        token, coming = secrets.token_hex(8), self._loop.create_future()  # whoever answered one is not to know the next
+        self._coming[token.encode()] = coming
+        timer: asyncio.TimerHandle | None = None
         try:
-            await self.publish(subject, payload, reply=f"{self._replies}.{token}", headers=headers)
+            await self.publish(subject, payload, reply=f"{self._inbox}.{token}", headers=headers)
+            timer = self._loop.call_later(timeout, _expire, coming)
             answered, raw, data = await coming
         finally:
-            timer.cancel()
-            del self._coming[token]
+            if timer:
+                timer.cancel()
+            del self._coming[token.encode()]
         if status(raw) == b"503":
             raise NoRespondersError
         reply: Msg = self._build_message(0, answered, b"", data, await self._process_headers(raw))
         return reply
 
     def _replied(self, subject: bytes, headers: bytes, data: bytes) -> None:
-        coming = self._coming.get(subject.rsplit(b".", 1)[1].decode())
+        coming = self._coming.get(subject.rsplit(b".", 1)[1])
         if coming and not coming.done():
             coming.set_result((subject, headers, data))
 
@@ -197,7 +208,7 @@ class TokenClient(Client):
         A pass of the loop later than ``send``, like the flusher: to write at once joins less, which costs broker and door a fifth more.
         """
         self._leaving = False
-        if not self._pending or not self.is_connected:
+        if not self._pending_data_size or not self.is_connected:
             return  # the flusher was there before, or it is kept for the next connection
         # None of a WebSocket, which has only the flusher.
         writer: asyncio.StreamWriter | None = getattr(self._transport, "_io_writer", None)
@@ -214,7 +225,7 @@ class TokenClient(Client):
                 hear(subject, headers or b"", data)
             except Exception as error:  # noqa: BLE001  it would end nats-py's reading from this connection, for ever and in silence
                 await self._error_cb(error)
-        elif sid == self._answers:
+        elif sid == self._inbox_id:
             self._replied(subject, headers or b"", data)
         else:
             await super()._process_msg(sid, subject, reply, data, headers)

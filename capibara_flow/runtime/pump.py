@@ -20,7 +20,7 @@ from capibara_flow.domain.sharing import Shares, remaining
 from capibara_flow.runtime import work
 from capibara_flow.runtime.gating import Gate
 from capibara_flow.runtime.inlet import Asking, Inlet
-from capibara_flow.tasks import ended
+from capibara_flow.tasks import LONG, ended
 from capibara_flow.telemetry import log
 from topics.chat import PRIORITIES, bucket_of
 from topics.streams import FIRST_LANE
@@ -154,7 +154,7 @@ class Pump:
         """Wait *seconds* for what is at work; what is not done then is cancelled, and so handed over."""
         if self._jobs:
             _, late = await asyncio.wait(self._jobs, timeout=seconds)
-            await ended(*late)
+            await ended(*late, again=LONG)
 
     @property
     def _wants(self) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from capibara_flow.errors import CannotStart
 from capibara_flow.ports import Documents, GraphStore, PassageStore
 from capibara_flow.settings import KnowledgeSettings, SettingsError
-from capibara_flow.tasks import ended
+from capibara_flow.tasks import LONG, ended
 from capibara_flow.telemetry import log
 from capibara_flow.wiring.postgres import postgres
 from topics.grounding import ListDocuments
@@ -67,7 +67,7 @@ class Library:
 
     async def aclose(self) -> None:
         """Let everything go."""
-        await ended(self._looking, self._opening)
+        await ended(self._looking, self._opening, again=LONG)
         await self._stack.aclose()
 
     async def opened(self) -> Stores:

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import psutil
+import pytest
 
 from capibara_flow.engines.postgres.database import Database
 from capibara_flow.engines.postgres.usage import PostgresUsage
 from capibara_flow.settings import KnowledgeSettings
+from capibara_flow.wiring import knowledge
 from capibara_flow.wiring.knowledge import PASSAGES, library
 from capibara_flow.wiring.postgres import embedded, postgres
 from tests.engines.test_postgres import counts_usage
@@ -51,6 +53,26 @@ def _running(folder: Path) -> list[int]:
 async def test_a_server_that_is_named_is_taken_as_it_is_and_none_is_started(tmp_path: Path):
     async with postgres(KnowledgeSettings(postgres="postgresql://h/d", folder=tmp_path / "nowhere")) as url:
         assert url == "postgresql://h/d"
+
+
+async def test_stores_that_are_just_being_opened_are_left_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opening, said = asyncio.Event(), []
+
+    async def slow(*_: object) -> None:
+        opening.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(1.2)  # a server that has just begun to start
+            said.append("ended")
+
+    monkeypatch.setattr(knowledge, "_open", slow)
+    async with library(KnowledgeSettings(folder=tmp_path)) as found:
+        waiting = asyncio.create_task(found.opened())
+        await opening.wait()
+    assert said == ["ended"]
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
 
 
 async def test_usage_in_the_folder_opens_no_documents_and_documents_do(tmp_path: Path):

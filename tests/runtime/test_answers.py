@@ -18,6 +18,7 @@ from capibara_flow.runtime.client import Hear, flushed
 from capibara_flow.runtime.turns import NatsTurns
 from tests.runtime.rig import Line, Rig, line
 from tests.waiting import until
+from topics.chat import CancelTurn
 from topics.output import Done, Output, Token, Usage
 
 DATA = "cf.out.T1.data.main"
@@ -654,6 +655,51 @@ async def test_who_has_listened_since_before_a_turn_came_does_not_look_whether_i
     await until(lambda: client.returned > 0)
     async with hub.open(cancelled, "other"), hub.open(late, "other"):
         assert taken == [early, cancelled, late]
+
+
+async def test_who_has_only_just_come_back_looks_whatever_nats_py_still_waits_for(rig: Rig, monkeypatch: pytest.MonkeyPatch, hasty: None):
+    monkeypatch.setattr(answers, "_SKEW", 0)
+    client = await line(rig, "caller")
+    hub, edge = await rig.answers(client), (await rig.client("edge")).jetstream()
+    await asyncio.sleep(0.01)
+    turn, gone, held = new_turn(), asyncio.Event(), asyncio.Event()
+    pong = client._process_pong
+
+    async def late() -> None:  # nats-py calls back behind a round trip
+        await held.wait()
+        await pong()
+
+    pongs: list[asyncio.Task[None]] = []
+
+    async def hold() -> None:
+        pongs.append(asyncio.create_task(late()))
+
+    async def away() -> None:
+        gone.set()
+
+    monkeypatch.setattr(client, "_process_pong", hold)
+    monkeypatch.setattr(client, "_disconnected_cb", away)
+    await client.force_reconnect()
+    await gone.wait()
+    signal = CancelTurn(turn=turn, reason="asked")
+    await edge.publish(signal.subject, signal.model_dump_json().encode())
+    await until(lambda: client.stats["reconnects"] and client.is_connected)
+    await asyncio.sleep(0.2)  # whoever looks for answers that are open has looked
+    async with hub.open(turn, "main") as answer:
+        assert answer.cancelled
+    held.set()
+    await asyncio.gather(*pongs)
+
+
+async def test_in_a_cluster_it_is_looked_for_always(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(answers, "_SKEW", 0)
+    client = await line(rig, "caller")
+    taken, hub = looks(client), await rig.answers(client)
+    await asyncio.sleep(0.01)
+    client._server_info["cluster"] = "three"
+    turn = new_turn()
+    async with hub.open(turn, "main"):
+        assert taken == [turn]
 
 
 async def test_a_cancellation_that_was_heard_and_forgotten_is_looked_for(rig: Rig, monkeypatch: pytest.MonkeyPatch):

@@ -22,7 +22,7 @@ from nats.errors import ConnectionClosedError, NoRespondersError, OutboundBuffer
 from nats.errors import Error as NatsError
 from nats.protocol.parser import Parser
 
-from capibara_flow.runtime import connection
+from capibara_flow.runtime import brokers, connection
 from capibara_flow.runtime.client import TokenClient, description, encoded, flushed, header, status
 from tests.runtime.rig import Rig
 from tests.waiting import until
@@ -203,7 +203,7 @@ async def test_deaf_ears_hear_nothing(client: TokenClient, publish: Publish):
     await publish(OUT, b"a")
     await until(lambda: other.heard)
     assert not ear.heard
-    assert list(client._subs) == [client._answers, *client._ears]
+    assert list(client._subs) == [client._inbox_id, *client._ears]
     assert len(client._ears) == 1
 
 
@@ -220,7 +220,7 @@ async def test_whoever_was_deafened_while_the_broker_was_away_stays_so(rig: Rig,
     await publish(OUT, b"a")
     await until(lambda: other.heard)
     assert not ear.heard
-    assert list(client._subs) == [client._answers, *client._ears]
+    assert list(client._subs) == [client._inbox_id, *client._ears]
     assert len(client._ears) == 1
 
 
@@ -312,6 +312,51 @@ async def test_an_ear_has_no_queue_and_goes_without_the_collector(client: TokenC
 
 
 # --- sending ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_ping_takes_no_room_for_ever(client: TokenClient):
+    for _ in range(20):
+        await client.flush()
+    await until(lambda: client._pending_data_size == 0)
+
+
+async def test_where_only_the_flusher_writes_a_ping_is_written_too(client: TokenClient, monkeypatch: pytest.MonkeyPatch):
+    class Socket:  # as nats-py's over a WebSocket: what is written waits for `drain`
+        def __init__(self) -> None:
+            self.waiting: list[bytes] = []
+
+        def __getattr__(self, name: str) -> object:
+            if name == "_io_writer":
+                raise AttributeError(name)
+            return getattr(real, name)
+
+        def write(self, payload: bytes) -> None:
+            self.waiting.append(payload)
+
+        def writelines(self, payload: list[bytes]) -> None:
+            self.waiting += payload
+
+        async def drain(self) -> None:
+            waiting, self.waiting = self.waiting, []
+            real.writelines(waiting)
+            await real.drain()
+
+    real = client._transport
+    monkeypatch.setattr(client, "_transport", Socket())
+    try:
+        await client.flush(timeout=20)
+        assert json.loads((await client.request("$JS.API.STREAM.MSG.GET.CF_OUT", b'{"seq": 1}', timeout=20)).data)
+    finally:
+        monkeypatch.undo()
+
+
+async def test_when_it_came_back_is_known_whoever_else_wants_to_hear_of_it(rig: Rig):
+    broker = brokers.broker(rig.settings, "router")
+    await broker.start()
+    connection = broker.config.connection_state.connection
+    await connection.force_reconnect()
+    await until(lambda: connection.returned > 0)
+    await broker.stop()
 
 
 async def test_an_ordinary_client_receives_what_is_sent(rig: Rig):
@@ -545,6 +590,7 @@ def test_the_private_hooks_of_nats_py_are_still_there():
         "_subs",
         "_error_cb",
         "_reconnection_task",
+        "_server_info",
     ):
         assert hasattr(client, attribute), attribute
     subscription = inspect.getsource(Subscription)

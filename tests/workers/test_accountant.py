@@ -17,7 +17,7 @@ from capibara_flow import wiring
 from capibara_flow.domain.refusing import Refused
 from capibara_flow.errors import BrokerUnavailable, CannotStart, StoreUnavailable
 from capibara_flow.ports import Spent, UsageLog
-from capibara_flow.runtime import brokers
+from capibara_flow.runtime import accounting, brokers
 from capibara_flow.runtime.accounting import Backlog, Books, Habits
 from capibara_flow.runtime.client import TokenClient
 from capibara_flow.runtime.embedded import EmbeddedBroker
@@ -271,7 +271,8 @@ async def test_who_still_writes_at_the_end_is_told_and_what_was_not_written_wait
         await stand.books.record(Spent("a", "one", 1, 1, datetime.now(UTC), "T"))
 
 
-async def test_the_end_comes_although_a_look_misses_it():
+async def test_the_end_comes_although_a_look_misses_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(accounting, "LONG", 0.05)
     at_work = asyncio.Event()
 
     class Deaf(Backlog):

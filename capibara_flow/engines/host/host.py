@@ -20,7 +20,7 @@ from capibara_flow.engines.requests import refuse_beyond
 from capibara_flow.errors import EngineBroke, EngineUnreachable
 from capibara_flow.ports import Abilities, ChatEngine, Load, Piece
 from capibara_flow.settings import HostSettings
-from capibara_flow.tasks import ended
+from capibara_flow.tasks import LONG, ended
 from capibara_flow.telemetry import EXPERT_EVICTIONS, EXPERT_LOAD_SECONDS, EXPERT_LOADED, EXPERT_LOADS, log
 from topics.chat import ChatRequest
 
@@ -121,7 +121,7 @@ class ExpertHost:
         for admitted in self._tickets.values():
             if not admitted.done():
                 admitted.set_exception(EngineUnreachable("the host is being stopped"))
-        await ended(*self._tasks)
+        await ended(*self._tasks, again=LONG)
         children, self._children = list(self._children.values()), {}
         await asyncio.gather(*(child.stop() for child in children))
         for child in children:

@@ -82,6 +82,8 @@ def record(line: dict[str, object]) -> None:
 
 
 def main() -> None:
+    if options.stubborn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print(f"loading {options.alias}", flush=True)
     record({"argv": sys.argv[1:], "pid": os.getpid(), "environment": dict(os.environ)})
     if options.offspring:
@@ -97,8 +99,6 @@ def main() -> None:
     app.router.add_post("/v1/chat/completions", chat)
     app.router.add_post("/sleep", told)
     app.router.add_post("/wake_up", told)
-    if options.stubborn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     web.run_app(app, host="127.0.0.1", port=options.port, print=None, shutdown_timeout=0.1, handle_signals=not options.stubborn)
 
 

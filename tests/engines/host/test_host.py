@@ -387,6 +387,17 @@ async def test_the_host_is_stopped_in_the_middle_of_a_load_and_of_an_answer(rig:
         await heard(host.engine(one), ASKED)
 
 
+async def test_a_load_that_is_broken_off_leaves_no_engine_however_long_that_takes_to_end(rig: Rig) -> None:
+    slow = rig.expert("one", gate=str(rig.folder / "never"), stubborn=True)
+    host = rig.host(slow, grace_s=1.5)
+    waiting = asyncio.create_task(heard(host.engine(slow), ASKED))
+    await until(rig.pids)
+    await host.aclose()
+    assert all(gone(pid) for pid in rig.pids())
+    with pytest.raises(EngineUnreachable, match="being stopped"):
+        await waiting
+
+
 PARENT = """
 import asyncio, sys
 from pathlib import Path

@@ -254,8 +254,7 @@ class FencedAnswers:
 
         Nobody knows that in a cluster, whose members may lose each other while we keep our connection.
         """
-        if self._reconnects != self.client.stats["reconnects"]:
-            self._reconnects, self._began = self.client.stats["reconnects"], self.now()
+        self._mind_breaks()
         if self.client.clustered or not is_turn_id(turn):
             return False
         return self.now() - self._began > time.time() - created(turn) + _SKEW
@@ -293,14 +292,17 @@ class FencedAnswers:
 
     async def _watch(self) -> None:
         """Look after batches that were never acknowledged; costs nothing while all goes well."""
-        reconnects = self.client.stats["reconnects"]
         while True:
             await asyncio.sleep(_WATCH)
-            if self.client.stats["reconnects"] != reconnects:
-                reconnects = self.client.stats["reconnects"]
-                for answer in self._open:
-                    answer.unsure = True
+            self._mind_breaks()
             await asyncio.gather(*(self._look_after(answer) for answer in self._open if answer.stuck or answer.unsure))
+
+    def _mind_breaks(self) -> None:
+        """Where the connection broke and came back since the last time, we may have missed something."""
+        if (reconnects := self.client.stats["reconnects"]) != self._reconnects:
+            self._reconnects, self._began = reconnects, self.now()
+            for answer in self._open:
+                answer.unsure = True
 
     async def _look_after(self, answer: FencedAnswer) -> None:
         try:

@@ -8,7 +8,7 @@ from faststream.security import SASLPlaintext
 from nats.errors import ConnectionClosedError, ConnectionReconnectingError
 from nats.errors import Error as NatsError
 
-from capibara_flow.runtime.client import TokenClient, closed, flushed
+from capibara_flow.runtime.client import TokenClient, flushed
 from capibara_flow.runtime.connection import options
 from capibara_flow.settings import Settings
 
@@ -42,7 +42,7 @@ class _Broker(NatsBroker):
             await super().stop(exc_type, exc_val, exc_tb)
         except (ConnectionReconnectingError, ConnectionClosedError):
             if self._connection is not None:
-                await closed(self._connection)
+                await self._connection.close()
                 self._connection = None
             self.config.disconnect()
 

@@ -58,21 +58,6 @@ def description(raw: bytes) -> str:
     return raw[13 : raw.index(b"\r\n")].decode(errors="replace")
 
 
-async def closed(client: Client) -> None:
-    """Close *client* for good, also while it looks for a server."""
-    if not client.is_connected:
-        # nats-py would write what it kept for the broker to a connection that is gone, fail, and leave the rest open.
-        client._pending_data_size = 0
-    search = client._reconnection_task
-    try:
-        await Client.close(client)
-    except asyncio.CancelledError:  # of the search, when both waited for the end of the old connection
-        if (current := asyncio.current_task()) and current.cancelling():
-            raise
-    if search is not asyncio.current_task():
-        await ended(search, again=0.05)
-
-
 async def flushed(client: Client, seconds: float = 10) -> None:
     """Return when the broker has taken all that *client* sent: nats-py's PING overtakes what is queued, so the second one counts.
 
@@ -173,8 +158,18 @@ class TokenClient(Client):
             self._subs.pop(subscription._id, None)  # nothing to tell the broker: it is not subscribed anew after a reconnect
 
     async def close(self) -> None:
-        """Close the connection for good."""
-        await closed(self)
+        """Close the connection for good, also while it looks for a server."""
+        if not self.is_connected:
+            # nats-py would write what it kept for the broker to a connection that is gone, fail, and leave the rest open.
+            self._pending_data_size = 0
+        search = self._reconnection_task
+        try:
+            await super().close()
+        except asyncio.CancelledError:  # of the search, when both waited for the end of the old connection
+            if (current := asyncio.current_task()) and current.cancelling():
+                raise
+        if search is not asyncio.current_task():
+            await ended(search, again=0.05)
 
     def send(self, subject: str, payload: bytes, *, reply: str, headers: bytes) -> None:
         """Publish *payload* with already ``encoded`` *headers*; it leaves with all else of this pass of the loop.
